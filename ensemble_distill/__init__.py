@@ -1,0 +1,55 @@
+"""Run an ensemble of teachers once; train any number of students from what they said."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ensemble_distill.cache.cache import Batch, Cache, open_cache
+    from ensemble_distill.config import (
+        CacheConfig,
+        Crop,
+        DataConfig,
+        Erase,
+        FeatureMatch,
+        Flip,
+        HardLabels,
+        Member,
+        OptimizerConfig,
+        ScheduleConfig,
+        SoftTargets,
+        Tap,
+        TrainConfig,
+        ViewsConfig,
+    )  # fmt: skip
+    from ensemble_distill.sources.arrays import ArraySource
+    from ensemble_distill.sources.idx import read_idx
+    from ensemble_distill.targets import Targets
+
+# Names are imported when they are used, so that `import ensemble_distill` does not import torch.
+_HOMES = {
+    "cache.cache": ("Batch", "Cache", "open_cache"),
+    "config": (
+        "CacheConfig", "Crop", "DataConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "Member",
+        "OptimizerConfig", "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
+    ),
+    "sources.arrays": ("ArraySource",),
+    "sources.idx": ("read_idx",),
+    "targets": ("Targets",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArraySource", "Batch", "Cache", "CacheConfig", "Crop", "DataConfig", "Erase", "FeatureMatch", "Flip",
+    "HardLabels", "Member", "OptimizerConfig", "ScheduleConfig", "SoftTargets", "Tap", "Targets",
+    "TrainConfig", "ViewsConfig", "open_cache", "read_idx",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

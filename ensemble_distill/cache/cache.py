@@ -1,0 +1,234 @@
+"""A sealed cache: open it, get ``Targets`` for keys, or stream batches tied to a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble_distill.cache.join import KeyTable
+from ensemble_distill.cache.plan import Group, Plan
+from ensemble_distill.cache.rows import Rows
+from ensemble_distill.config import DataConfig, difference, suggestion
+from ensemble_distill.errors import Corrupt, Mismatch, UsageError
+from ensemble_distill.fingerprint import KEY_BYTES, array_digest
+from ensemble_distill.philox import permutation
+from ensemble_distill.prefetch import prefetch
+from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.views import render
+from ensemble_distill.store.records import Commit, Manifest
+from ensemble_distill.store.store import Store, open_store
+from ensemble_distill.targets import Targets
+
+TARGETS = "targets"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs as the student shall see them, and what the ensemble said about exactly these.
+
+    inputs: by name, [B, ...]. labels: int64 [B] or None. index: positions in the source, int64 [B].
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    targets: Targets
+    keys: np.ndarray
+    index: np.ndarray
+    view: int
+
+
+class Cache:
+    """Read access to a sealed cache. Made by ``open_cache``."""
+
+    def __init__(self, store: Store, digest: str, memory: int) -> None:
+        self.path, self.digest = store.root, digest
+        self.manifest: Manifest = store.manifest(digest)
+        self.plan: Plan = store.plan(self.manifest.plan, Plan)
+        self.commits = _commits(store, digest, self.manifest, self.plan)
+        self._store = store
+        self._rows = Rows(store, self.plan, self.commits, memory)
+        self._tables: dict[str, KeyTable] = {}
+
+    @property
+    def content_digest(self) -> str:
+        return self.manifest.content_digest
+
+    @property
+    def taps(self) -> list[str]:
+        """The features that this cache holds, as ``tap/<member>.<module>``."""
+        return [field.name for group in self.plan.groups if group.name != TARGETS for field in group.fields]
+
+    def table(self, split: str) -> KeyTable:
+        """The key table of a split, read and checked on first use."""
+        if split not in self.plan.splits:
+            raise Mismatch(f"{self.path} has no split {split!r}{suggestion(split, self.plan.splits)}")
+        if split not in self._tables:
+            digests = self.manifest.keys[split]
+            pages = [self._store.keys(split, i, digest) for i, digest in enumerate(digests)]
+            keys = np.concatenate(pages) if pages else np.empty((0, KEY_BYTES), np.uint8)
+            if len(keys) != self.plan.splits[split].rows:
+                raise Corrupt(f"{self.path}: {len(keys)} keys of {split}, its plan says {self.plan.splits[split].rows}")
+            self._tables[split] = KeyTable(split, keys)
+        return self._tables[split]
+
+    def targets(self, keys: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
+        """What the ensemble said about the samples with these content keys (uint8 [B, 16]).
+
+        ``taps`` names the features wanted beside the log-probabilities. Raises Mismatch for a key, view or
+        split that the cache does not hold, UsageError for a tap, Corrupt for bytes that were not committed.
+        """
+        return self.targets_at(self.table(split).rows(keys), view, split=split, taps=taps)
+
+    def targets_at(self, rows: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
+        """The same by row of the cache (int64 [B]), for callers that have joined by key already."""
+        views = self.plan.splits[split].views
+        if not 0 <= view < views:
+            raise Mismatch(f"{self.path} holds {views} view(s) of {split}, there is no view {view}")
+        main = self._decode(self.plan.group(TARGETS), split, view, rows)
+        features: dict[str, Tensor] = {}
+        for tap in taps:
+            features |= self._decode(self.tap_group(tap), split, view, rows)
+        return Targets(main["main/logprobs"], features)
+
+    def tap_group(self, tap: str) -> Group:
+        """The group that holds a feature; UsageError, with what there is, for one that the cache lacks."""
+        for group in self.plan.groups:
+            if any(field.name == tap for field in group.fields):
+                return group
+        raise UsageError(
+            f"{self.path} holds no {tap!r}{suggestion(tap, self.taps)}",
+            hint="add the tap to the pipeline's cache() and capture again",
+        )
+
+    def loader(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        split: str = "train",
+        epoch: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        start: int = 0,
+        taps: Sequence[str] = (),
+        workers: int = 1,
+    ) -> Iterator[Batch]:
+        """Batches of one epoch, in an order that depends on (seed, epoch) alone, in view ``epoch mod N``.
+
+        Each sample is hashed as it is read, and no batch is handed out before its keys have been found in
+        the cache. ``start`` skips batches (to resume). ``workers`` threads read, hash and render ahead.
+        """
+        view = epoch % self.plan.splits[split].views if split in self.plan.splits else 0
+        self.table(split)  # a missing split or a damaged key table is reported before any thread starts
+        order = permutation(len(source), seed, epoch) if shuffle else np.arange(len(source))
+        batches = [order[i : i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
+        return prefetch((partial(self._batch, source, index, split, view, tuple(taps)) for index in batches), workers)
+
+    def check(self, data: DataConfig) -> None:
+        """Refuse a pipeline whose classes or views are not those that were captured (Mismatch)."""
+        reading = self.plan.reading
+        expected = {"classes": list(reading.classes), "views": reading.views.model_dump(mode="json")}
+        found = {"classes": list(data.classes), "views": data.views.model_dump(mode="json")}
+        if (hit := difference(expected, found)) is not None:
+            field, old, new = hit
+            raise Mismatch(
+                f"{self.path} was captured with {field} = {old!r}, this pipeline says {new!r}",
+                hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
+            )
+
+    def check_labels(self, source: Source, split: str) -> None:
+        """Refuse labels that changed since the capture. Another order or size of the source is no change.
+
+        Labels whose digest differs call for a look at every key, since only that tells a relabelled
+        source (Mismatch) from a reordered one.
+        """
+        spec = self.plan.splits.get(split)
+        if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
+            return
+        if array_digest(source.labels) != spec.labels and (self.verify_source(source, split)).all():
+            raise Mismatch(
+                f"the labels of {split} are not those that {self.path} was captured with, in the same order of samples",
+                hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
+            )
+
+    def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
+        """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
+        table, own = self.table(split), []
+        for first in range(0, len(source), batch_size):
+            index = np.arange(first, min(len(source), first + batch_size))
+            own.append(table.rows(source.load(index).keys, index) == index)
+        return np.concatenate(own) if own else np.empty(0, bool)
+
+    def _batch(self, source: Source, index: np.ndarray, split: str, view: int, taps: tuple[str, ...]) -> Batch:
+        loaded = source.load(index)
+        rows = self.table(split).rows(loaded.keys, index)
+        targets = self.targets_at(rows, view, split=split, taps=taps)
+        inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
+        inputs = render_inputs(inputs, loaded.keys, self.plan, split, view)
+        labels = None if source.labels is None else torch.from_numpy(source.labels[index])
+        return Batch(inputs, labels, targets, loaded.keys, index, view)
+
+    def _decode(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, Tensor]:
+        records = self._rows.gather(group, split, view, rows)
+        return {f.name: f.codec.decode(torch.from_numpy(records[f.name])) for f in group.fields}
+
+
+def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: str | None = None) -> Cache:
+    """Open a sealed cache for reading.
+
+    ``memory``: bytes of rows to keep at most (default: a quarter of the machine's). ``expect_digest``: the
+    manifest digest that you trust; Mismatch if the cache has another one. Raises UsageError (no directory),
+    Mismatch (no cache, or not complete), Corrupt (bytes that are not what was committed).
+    """
+    store = open_store(path)
+    digest = store.current()
+    if digest is None:
+        plan = store.plan(store.plans()[0], Plan)
+        done = len(store.committed())
+        raise Mismatch(
+            f"{path} is not complete: {done}/{plan.units} units committed{_missing(store, plan)}",
+            hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
+        )
+    if expect_digest is not None and digest != expect_digest:
+        raise Mismatch(f"{path}: its manifest digest is {digest}, expected {expect_digest}")
+    return Cache(store, digest, memory or _quarter_of_memory())
+
+
+def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, split: str, view: int) -> dict[str, Tensor]:
+    """A batch as the teachers and the student see it: ``train`` in its view, other splits as they are."""
+    views = plan.reading.views
+    if split != "train" or not views.transforms:
+        return inputs
+    if views.input not in inputs:
+        raise UsageError(f"views act on the input {views.input!r}{suggestion(views.input, inputs)}")
+    return inputs | {views.input: render(inputs[views.input], keys, views, view)}
+
+
+def _commits(store: Store, digest: str, manifest: Manifest, plan: Plan) -> dict[str, Commit]:
+    pages = [store.page(digest, manifest, i) for i in range(len(manifest.pages))]
+    commits = {commit.unit: commit for page in pages for commit in page.commits}
+    expected = {item.unit(group) for item in plan.items() for group in plan.groups}
+    if commits.keys() != expected:
+        raise Corrupt(f"{store.root}: its manifest lists {len(commits)} units, its plan {len(expected)}")
+    return commits
+
+
+def _missing(store: Store, plan: Plan) -> str:
+    """The first ranges of rows that are not committed, for people."""
+    done, ranges = store.committed(), []
+    for item in plan.items():
+        if any(item.unit(group) not in done for group in plan.groups):
+            ranges.append(f"{item.split} view {item.view} rows {item.first}–{item.last - 1}")
+    shown = "; ".join(ranges[:3]) + (f"; and {len(ranges) - 3} more" if len(ranges) > 3 else "")
+    return f" (missing: {shown})" if ranges else " (all there, but not sealed)"
+
+
+def _quarter_of_memory() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 4

@@ -1,0 +1,1 @@
+"""The command line: an argument, one call, an exit code. torch is imported inside commands only."""

@@ -1,0 +1,98 @@
+"""What people see: a live line on a terminal, plain lines elsewhere, nothing with --quiet; and signals."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+
+
+class Console:
+    """Prints results and progress; rich obeys NO_COLOR by itself."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._last = time.monotonic()
+        logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
+
+    def say(self, text: str) -> None:
+        self.rich.print(Text(text))
+
+    def table(self, table: Table) -> None:
+        self.rich.print(table)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """While inside, ``progress`` keeps one line up to date on a terminal."""
+        if not self.rich.is_terminal:
+            yield
+            return
+        with Live(console=self.rich, refresh_per_second=8, transient=True) as self._live:
+            yield
+        self._live = None
+
+    def progress(self, text: str) -> None:
+        """The state of affairs: the live line, or a plain line every ten seconds."""
+        if self._live is not None:
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.say(text)
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
+    """A table with its first column to the left and figures to the right."""
+    result = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*map(str, row))
+    return result
+
+
+@contextmanager
+def stoppable() -> Iterator[Any]:
+    """Gives ``stop()``: whether SIGINT or SIGTERM came. A second SIGINT stops at once; nothing is lost either way."""
+    state = {"stop": False}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if state["stop"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        state["stop"] = True
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: state["stop"]
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1234567 → 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,68 @@
+"""`ensemble-distill evaluate`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from ensemble_distill.cli.options import common
+
+
+@click.command(name="evaluate")
+@click.argument("pipeline", metavar="PIPELINE[:VARIANT]")
+@click.option("--run", "run_path", required=True, metavar="RUN", help="Directory of a finished run.")
+@click.option(
+    "--cache", "cache_path", metavar="DIR", help="Cache to compare with.  [default: the run's own, if it is there]"
+)
+@click.option("--split", default="test", show_default=True, help="Split to score on.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@common
+def command(
+    pipeline: str,
+    run_path: str,
+    cache_path: str | None,
+    split: str,
+    as_json: bool,
+    limit: int | None,
+    batch_size: int | None,
+    workers: int,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Score the student of a finished RUN: against the labels, and against the cached ensemble.
+
+    \b
+    Example:
+      ensemble-distill evaluate pipelines/fashion_mnist.py --run runs/a
+    """
+    from pathlib import Path
+
+    from ensemble_distill.cache.cache import open_cache
+    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.show import scores
+    from ensemble_distill.config import suggestion
+    from ensemble_distill.device import devices
+    from ensemble_distill.errors import UsageError
+    from ensemble_distill.evaluation.evaluate import evaluate, load_student, run_cache
+
+    console = ui.Console(quiet)
+    loaded = Pipeline(pipeline)
+    on = devices(device)[0]
+    model = load_student(loaded.train(), run_path, on)
+    splits = sources(loaded.data(), limit)
+    if split not in splits:
+        raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
+    path = Path(cache_path) if cache_path else run_cache(run_path)
+    cache = open_cache(path) if path else None
+    result = evaluate(model, splits[split], cache, split, on, batch_size=batch_size or 512, workers=workers)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    figures = {k: v for k, v in result.items() if k in ("accuracy", "nll", "ece", "agreement", "kl")}
+    console.say(f"{split}: {result['rows']:,} rows  {scores(figures)}")
+    if cache is None:
+        console.say("no cache: agreement and KL to the ensemble are left out (give --cache)")
+    one, many = result["latency_ms"]["1"], result["latency_ms"]["64"]
+    console.say(f"{result['parameters']:,} parameters; {one} ms at batch 1, {many} ms at batch 64 (fp32, {on})")

@@ -1,0 +1,68 @@
+"""`ensemble-distill inspect`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(name="inspect")
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(cache: str, as_json: bool) -> None:
+    """Show what a CACHE holds: plan, members, rows, bytes, statistics.
+
+    \b
+    Example:
+      ensemble-distill inspect caches/fmnist
+    """
+    from ensemble_distill.cache.cache import open_cache
+    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.show import show_statistics
+
+    held = open_cache(cache)
+    plan, manifest = held.plan, held.manifest
+    if as_json:
+        report = {
+            "path": str(held.path),
+            "manifest_digest": held.digest,
+            "content_digest": held.content_digest,
+            "plan": plan.model_dump(mode="json"),
+            **manifest.model_dump(mode="json", include={"units", "rows", "bytes", "statistics", "provenance"}),
+        }
+        click.echo(json.dumps(report, indent=1))
+        return
+    console = ui.Console()
+    reading, capture = plan.reading, plan.capture
+    console.say(f"{held.path}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")
+    console.say(f"content digest   {held.content_digest}")
+    console.say(f"manifest digest  {held.digest}")
+    more = ", …" if len(reading.classes) > 12 else ""
+    console.say(f"classes   {len(reading.classes)}: {', '.join(reading.classes[:12])}{more}")
+    console.say(f"combine   {reading.combine}, temperature {reading.temperature_after} after averaging")
+    transforms = ", ".join(t.kind for t in reading.views.transforms) or "none"
+    console.say(f"views     transforms: {transforms}; seed {reading.views.seed}")
+    console.table(
+        ui.table(
+            "members",
+            ["", "share", "temperature", "weights"],
+            [
+                [m.name, m.share, t, f"{m.weights[:12]}…"]
+                for m, t in zip(capture.members, reading.temperature_before, strict=True)
+            ],
+        )
+    )
+    rows = [[name, f"{s.rows:,}", s.views, s.unit_rows, "yes" if s.labels else "no"] for name, s in plan.splits.items()]
+    console.table(ui.table("splits", ["", "rows", "views", "rows a unit", "labels"], rows))
+    fields = [
+        [f.name, f.dtype.lstrip("<|"), "×".join(map(str, f.shape)), f.codec.name, g.name]
+        for g in plan.groups
+        for f in g.fields
+    ]
+    console.table(ui.table(f"fields: {plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields))
+    show_statistics(console, manifest.statistics)
+    made = manifest.provenance
+    console.say(
+        f"captured {made['time'][0]} to {made['time'][1]} in {capture.precision} on {', '.join(made['device'])}"
+    )

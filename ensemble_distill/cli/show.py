@@ -1,0 +1,32 @@
+"""Tables of statistics and scores, shared by commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ensemble_distill.cli.console import Console, table
+
+
+def show_statistics(console: Console, statistics: Mapping[str, Any]) -> None:
+    """Accuracy, NLL and ECE of members and ensemble on the splits without augmentation, or on all there is."""
+    splits = {n: s for n, s in statistics.items() if n != "train"} or dict(statistics)
+    for split, figures in splits.items():
+        rows = [
+            [name, f"{v['accuracy']:.2%}", f"{v['nll']:.4f}", f"{v['ece']:.4f}"]
+            for name, v in sorted(figures.get("predictors", {}).items(), key=lambda kv: kv[0] == "ensemble")
+        ]
+        title = f"{split}: {figures['rows']:,} rows, members disagree on {figures['disagreement']:.2%}"
+        if rows:
+            console.table(table(title, ["", "accuracy", "NLL", "ECE"], rows))
+        else:
+            console.say(f"{title} (no labels)")
+
+
+def scores(values: Mapping[str, float]) -> str:
+    """``accuracy 92.3%  nll 0.221 …``."""
+    shown = []
+    for name, value in values.items():
+        percent = name in ("accuracy", "agreement")
+        shown.append(f"{name} {value:.2%}" if percent else f"{name} {value:.4f}")
+    return "  ".join(shown)

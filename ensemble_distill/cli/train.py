@@ -1,0 +1,110 @@
+"""`ensemble-distill train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from ensemble_distill.cli.options import common, settings
+
+
+@click.command(name="train")
+@click.argument("pipeline", metavar="PIPELINE[:VARIANT]")
+@click.option("--cache", "cache_path", required=True, metavar="DIR", help="The cache to learn from.")
+@click.option("--out", required=True, metavar="RUN", help="Directory of the run; the same command resumes it.")
+@click.option("--expect-digest", metavar="HEX", help="Refuse the cache unless its manifest digest is this one.")
+@click.option("--verify-source", is_flag=True, help="Look up every sample's key before the first step.")
+@click.option(
+    "--memory",
+    type=click.IntRange(1),
+    metavar="MB",
+    help="Keep at most this much of the cache in memory.  [default: a quarter of the RAM]",
+)
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events (extra: tensorboard).")
+@settings
+@common
+def command(
+    pipeline: str,
+    cache_path: str,
+    out: str,
+    expect_digest: str | None,
+    verify_source: bool,
+    memory: int | None,
+    tensorboard: bool,
+    settings: tuple[str, ...],
+    limit: int | None,
+    batch_size: int | None,
+    workers: int,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Train the student of PIPELINE from a cache; no teacher is loaded.
+
+    \b
+    Example:
+      ensemble-distill train pipelines/fashion_mnist.py --cache caches/fmnist --out runs/a
+      ensemble-distill train pipelines/fashion_mnist.py:alone --cache caches/fmnist --out runs/b
+    """
+    from ensemble_distill.cache.cache import open_cache
+    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.show import scores
+    from ensemble_distill.config import override
+    from ensemble_distill.device import devices
+    from ensemble_distill.training.events import Events
+    from ensemble_distill.training.run import Progress, Run
+
+    console = ui.Console(quiet)
+    loaded = Pipeline(pipeline)
+    config = loaded.train()
+    if batch_size is not None:
+        config = override(config, [f"batch_size={batch_size}"])
+    config = override(config, settings)
+    cache = open_cache(cache_path, memory=memory and memory * 1_000_000, expect_digest=expect_digest)
+    data = loaded.data()
+    splits = sources(data, limit)
+    events = Events(out) if tensorboard else None
+    with ui.stoppable() as stop:
+        if verify_source:
+            for split in splits:
+                own = cache.verify_source(splits[split], split)
+                console.say(f"{split}: {len(own):,} samples proved by key, {own.sum():,} at their own row")
+        run = Run(data, config, splits, cache, out, devices(device)[0], workers=workers)
+        if run.state["finished"]:
+            console.say(f"{out} is finished: nothing to train")
+        elif run.state["step"]:
+            console.say(f"going on at epoch {run.state['epoch'] + 1}, step {run.state['step']}")
+        parameters = sum(p.numel() for p in run.student.parameters())
+        views = cache.plan.splits["train"].views
+        console.say(
+            f"student: {parameters:,} parameters, {run.precision} on {run.device}; "
+            f"cache {cache.content_digest[:12]}, {views} view(s)"
+        )
+
+        def report(p: Progress) -> None:
+            if p.line is None:
+                console.progress(f"epoch {p.epoch + 1}/{p.epochs}  step {p.step}/{p.steps}")
+                return
+            if events is not None:
+                events.write(p.step, p.line)
+            if "test" in p.line or "train" not in p.line:
+                return
+            console.say(_epoch(p.line, p.epochs))
+
+        with console.live():
+            line = run.train(report, stop)
+    if "test" in line:
+        best = f" (best held-out: epoch {line['best']['epoch']})" if line["best"] else ""
+        console.say(f"test: {scores(line['test'])}{best}")
+    console.say(f"{out}/student.safetensors")
+
+
+def _epoch(line: Mapping[str, Any], epochs: int) -> str:
+    from ensemble_distill.cli.show import scores
+
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in line["train"].items())
+    held_out = f"  held-out {scores(line['held_out'])}" if "held_out" in line else ""
+    seconds, wait = line["timing"]["seconds"], line["timing"]["loader_wait"]
+    return f"epoch {line['epoch']}/{epochs}  {losses}{held_out}  {seconds:.1f} s, {wait:.1%} waiting for data"

@@ -1,0 +1,1 @@
+"""Codecs: targets to named arrays and back, each with a declared error."""

@@ -1,0 +1,293 @@
+"""What a pipeline says, as data: frozen pydantic models, extra fields forbidden, no torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ensemble_distill.errors import UsageError
+
+Precision = Literal["auto", "fp32", "bf16"]
+Format = Literal["hdf5", "parquet"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+
+
+class Config(BaseModel):
+    """The base of every configuration: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+# Data: used by both stages --------------------------------------------------------------------------
+
+
+class Flip(Config):
+    """Mirror left to right with probability one half."""
+
+    kind: Literal["flip"] = "flip"
+
+
+class Crop(Config):
+    """Pad with zeros on all sides, then cut a window at a drawn position (``size`` pixels square)."""
+
+    kind: Literal["crop"] = "crop"
+    padding: int = Field(0, ge=0)
+    size: int | None = Field(None, ge=1)
+
+
+class Erase(Config):
+    """Random erasing (Zhong et al. 2020): with probability ``p`` fill a drawn rectangle."""
+
+    kind: Literal["erase"] = "erase"
+    p: float = Field(0.5, ge=0, le=1)
+    area: tuple[float, float] = (0.02, 0.3)
+    aspect: tuple[float, float] = (0.3, 3.3)
+    fill: float = 0
+
+
+Transform = Annotated[Flip | Crop | Erase, Field(discriminator="kind")]
+
+
+class ViewsConfig(Config):
+    """Deterministic views of each training sample: pure functions of (seed, key, view number).
+
+    The transforms act on the source's input named ``input``, images [B, C, H, W].
+    """
+
+    transforms: tuple[Transform, ...] = ()
+    seed: int = Field(0, ge=0, lt=2**32)
+    input: str = "image"
+
+
+class DataConfig(Config):
+    """Sources by split (``train`` is shown in views; the others as they are) and what they mean."""
+
+    sources: dict[Name, Any]
+    classes: tuple[str, ...] = Field(min_length=2)
+    views: ViewsConfig = ViewsConfig()
+
+    @field_validator("sources")
+    @classmethod
+    def _are_sources(cls, sources: dict[str, Any]) -> dict[str, Any]:
+        for name, source in sources.items():
+            missing = [a for a in ("load", "labels", "__len__") if not hasattr(source, a)]
+            if missing:
+                raise ValueError(f"source {name!r} has no {' and no '.join(missing)}: see docs/pipelines.md")
+        return sources
+
+
+# Stage 1 --------------------------------------------------------------------------------------------
+
+
+class Member(Config):
+    """One teacher: a function that builds the module, its weights, its share and temperature.
+
+    ``temperature`` divides the member's logits before averaging: calibration of the member.
+    """
+
+    name: Name
+    build: Callable[[], Any]
+    weights: Path | None = None
+    share: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Tap(Config):
+    """A named module of a member whose output is kept: [B, C, ...] averaged to [B, C] by ``pool``."""
+
+    member: Name
+    module: ModulePath
+    reduction: Literal["pool"] = "pool"
+
+    @property
+    def field(self) -> str:
+        return f"tap/{self.member}.{self.module}"
+
+
+class CacheConfig(Config):
+    """Who teaches, how their predictions are combined, and what is kept.
+
+    ``temperature`` is applied after averaging; a member's own before it. The two orders differ.
+    """
+
+    members: tuple[Member, ...] = Field(min_length=1)
+    combine: Literal["mean_probs", "mean_logits"] = "mean_probs"
+    temperature: float = Field(1.0, gt=0)
+    taps: tuple[Tap, ...] = ()
+    views: int = Field(1, ge=1, lt=2**24)
+    format: Format = "hdf5"
+    batch_size: int = Field(512, ge=1)
+    unit_rows: int | None = Field(None, ge=1)
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [m.name for m in self.members]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two members are named {name!r}")
+        for tap in self.taps:
+            if tap.member not in names:
+                raise ValueError(f"tap {tap.field!r} names no member{suggestion(tap.member, names)}")
+        return self
+
+
+# Stage 2 --------------------------------------------------------------------------------------------
+
+
+class SoftTargets(Config):
+    """T² KL(p_T ‖ q_T) to the ensemble's predictions."""
+
+    kind: Literal["soft_targets"] = "soft_targets"
+    weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class HardLabels(Config):
+    """Cross-entropy with the labels."""
+
+    kind: Literal["hard_labels"] = "hard_labels"
+    weight: float = Field(1.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class FeatureMatch(Config):
+    """Pull a student's pooled feature towards a cached tap, through a learned linear map where widths differ."""
+
+    kind: Literal["feature"] = "feature"
+    tap: str
+    module: ModulePath
+    distance: Literal["cosine", "l2"] = "cosine"
+    weight: float = Field(1.0, ge=0)
+
+
+Term = Annotated[SoftTargets | HardLabels | FeatureMatch, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Config):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps: up linearly during ``warmup`` (a share of them), then as named."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)
+
+
+class TrainConfig(Config):
+    """A student, what it is taught, and for how long."""
+
+    student: Callable[[], Any]
+    objective: dict[Name, Term] = Field(min_length=1)
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: float | None = Field(None, gt=0, lt=1)
+    clip: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0, lt=2**32)
+    precision: Precision = "auto"
+
+
+# Overrides, descriptions, messages ------------------------------------------------------------------
+
+C = TypeVar("C", bound=Config)
+
+
+def override(config: C, settings: Iterable[str]) -> C:
+    """A copy of ``config`` with each ``a.b=value`` applied; values are JSON, or else plain text."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: expected a.b=value")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        config = _replace(config, path.split("."), value, path)
+    return config
+
+
+def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    if not path:
+        return value
+    name, rest = path[0], path[1:]
+    children = dict(node) if isinstance(node, (Config, Mapping)) else {}
+    if name not in children:
+        raise UsageError(f"--set {whole}: there is no field {name!r} here{suggestion(name, children)}")
+    children[name] = _replace(children[name], rest, value, whole)
+    if not isinstance(node, Config):
+        return children
+    try:
+        return type(node)(**children)
+    except ValidationError as error:
+        raise UsageError(f"--set {whole}: {explain(error, type(node))}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One sentence for the first thing that a config got wrong, with a suggestion for a misspelt field."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or model.__name__
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        fields = model.model_fields if len(first["loc"]) == 1 else _all_fields(model)
+        return f"{where}: {model.__name__} has no such field{suggestion(name, fields)}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
+
+
+def _all_fields(model: type[BaseModel]) -> set[str]:
+    return {name for kind in Config.__subclasses__() for name in kind.model_fields} | set(model.model_fields)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` or the list of what there is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there is {', '.join(map(repr, known[:8]))}" if known else ""
+
+
+def describe(value: Any) -> Any:
+    """A configuration as JSON: functions by name, paths as text, sources by their length."""
+    if isinstance(value, DataConfig):
+        sources = {name: {"rows": len(source)} for name, source in value.sources.items()}
+        return {"sources": sources, "classes": list(value.classes), "views": describe(value.views)}
+    if isinstance(value, BaseModel):
+        return {name: describe(child) for name, child in value}
+    if isinstance(value, Mapping):
+        return {str(name): describe(child) for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(child) for child in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
+
+
+def difference(expected: Any, found: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first (field, expected, found) in which two JSON values differ, or None."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for name in sorted(set(expected) | set(found)):
+            inner = f"{where}.{name}" if where else name
+            if (hit := difference(expected.get(name), found.get(name), inner)) is not None:
+                return hit
+        return None
+    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)) and len(expected) == len(found):
+        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+            if (hit := difference(a, b, f"{where}[{i}]")) is not None:
+                return hit
+        return None
+    return None if expected == found else (where, expected, found)

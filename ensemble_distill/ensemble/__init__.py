@@ -1,0 +1,1 @@
+"""Ensembles: members loaded, run together, and combined."""

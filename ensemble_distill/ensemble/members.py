@@ -1,0 +1,70 @@
+"""Members: built by the pipeline, loaded from safetensors, identified by their weights, in eval mode."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ensemble_distill.config import Member
+from ensemble_distill.errors import Mismatch, Unsafe, UsageError
+from ensemble_distill.fingerprint import sha256
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A member ready to run, and who it is: SHA-256 of its state and of its printed structure."""
+
+    config: Member
+    module: nn.Module
+    weights: str
+    structure: str
+
+
+def load_member(member: Member) -> Loaded:
+    """Build and load one member, on the CPU, in eval mode.
+
+    Raises UsageError (no file, no module), Unsafe (pickled weights), Mismatch (weights that do not fit).
+    """
+    module = member.build()
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"member {member.name!r}: build() gave a {type(module).__name__}, expected an nn.Module")
+    if member.weights is not None:
+        _load_weights(module, member.name, member.weights)
+    module.eval().requires_grad_(False)
+    return Loaded(member, module, state_digest(module), sha256(repr(module).encode()))
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's state."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def _load_weights(module: nn.Module, name: str, path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"member {name!r}: {path}: no such file")
+    if path.suffix != ".safetensors":
+        raise Unsafe(
+            f"member {name!r}: {path} is no safetensors file, and loading a pickle can run its author's code",
+            hint="convert it where you trust it: safetensors.torch.save_file("
+            f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')",
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise Mismatch(f"member {name!r}: {path}: {error}") from error
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise Mismatch(f"member {name!r}: {path} does not fit the module that build() made: {detail}") from error

@@ -1,0 +1,56 @@
+"""Errors that a user can act on; each carries the exit code that the command line promises.
+
+    Error
+    ├── UsageError        2   an option, a field or a file that does not exist
+    ├── Mismatch          3   data, plan or identity differ from what was expected
+    ├── Corrupt           4   bytes that are not what was committed
+    ├── Unsafe            5   refused: following it could harm the reader
+    ├── StorageError      6   full, I/O, permission
+    ├── InvalidOutput     7   a teacher said something that is no distribution
+    ├── OutOfMemory       8   host or device
+    └── Interrupted      75   stopped; the same command goes on
+
+A message is one sentence: what, where, expected, found. ``hint`` says what to do next.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(Error):
+    exit_code = 2
+
+
+class Mismatch(Error):
+    exit_code = 3
+
+
+class Corrupt(Error):
+    exit_code = 4
+
+
+class Unsafe(Error):
+    exit_code = 5
+
+
+class StorageError(Error):
+    exit_code = 6
+
+
+class InvalidOutput(Error):
+    exit_code = 7
+
+
+class OutOfMemory(Error):
+    exit_code = 8
+
+
+class Interrupted(Error):
+    exit_code = 75

@@ -1,0 +1,107 @@
+"""Evaluate a run's student: scores, parameters, latency."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ensemble_distill.cache.cache import Cache
+from ensemble_distill.config import TrainConfig
+from ensemble_distill.device import place, upload
+from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.scoring import score
+from ensemble_distill.sources.arrays import Source
+from ensemble_distill.targets import Targets
+
+
+@dataclass(frozen=True)
+class _Plain:
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    targets: Targets | None
+
+
+def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> nn.Module:
+    """The run's exported student, in eval mode. UsageError if the run has none, Mismatch if it does not fit."""
+    path = Path(run) / "student.safetensors"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file", hint="finish the run: `ensemble-distill train` goes on with it")
+    student = config.student()
+    try:
+        student.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        detail = str(error).replace("\n\t", " ").strip()
+        raise Mismatch(
+            f"{path} does not fit the pipeline's student: {detail[:200]}",
+            hint="name the variant that it was trained with: PIPELINE:VARIANT",
+        ) from error
+    model: nn.Module = place(student.eval(), device)
+    return model
+
+
+def evaluate(
+    model: nn.Module,
+    source: Source,
+    cache: Cache | None,
+    split: str,
+    device: torch.device,
+    *,
+    batch_size: int = 512,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """accuracy, nll, ece; agreement and kl to the ensemble where a cache is given; parameters; latency_ms."""
+    if cache is not None:
+        batches = cache.loader(source, batch_size, split=split, shuffle=False, workers=workers)
+        scores = score(model, batches, device)
+    else:
+        scores = score(model, _plain(source, batch_size), device)
+    example = {name: torch.from_numpy(x) for name, x in source.load(np.arange(min(64, len(source)))).inputs.items()}
+    return {
+        "split": split,
+        "rows": len(source),
+        **scores,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "latency_ms": {str(n): latency(model, example, n, device) for n in (1, 64)},
+    }
+
+
+@torch.inference_mode()
+def latency(model: nn.Module, example: Mapping[str, Tensor], batch: int, device: torch.device) -> float:
+    """Median milliseconds of a forward pass in fp32 at this batch size, over 30 passes after 5."""
+    inputs = [upload(x[:1].expand(batch, *x.shape[1:]).contiguous(), device) for x in example.values()]
+    times = []
+    for _ in range(35):
+        start = time.perf_counter()
+        model(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return round(1000 * statistics.median(times[5:]), 3)
+
+
+def _plain(source: Source, batch_size: int) -> Iterator[_Plain]:
+    for first in range(0, len(source), batch_size):
+        index = np.arange(first, min(len(source), first + batch_size))
+        inputs = {name: torch.from_numpy(x) for name, x in source.load(index).inputs.items()}
+        labels = None if source.labels is None else torch.from_numpy(source.labels[index])
+        yield _Plain(inputs, labels, None)
+
+
+def run_cache(run: str | Path) -> Path | None:
+    """The cache that a run was trained from, if its directory is still there."""
+    try:
+        path = Path(json.loads((Path(run) / "config.json").read_bytes())["cache"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
+    return path if path.is_dir() else None

@@ -1,0 +1,22 @@
+"""Formats: a shard's records to the bytes of one file, and where in those bytes they lie."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import numpy as np
+
+from ensemble_distill.formats.layout import Segment
+
+SUFFIX = {"hdf5": ".h5", "parquet": ".parquet"}
+
+
+class FormatModule(Protocol):
+    def encode(self, records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]: ...
+
+
+def encode(format: str, records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
+    """The bytes of one shard holding ``records`` (structured [N]), and its segments."""
+    module = importlib.import_module(f"ensemble_distill.formats.{format}")
+    return cast(FormatModule, module).encode(records)

@@ -1,0 +1,30 @@
+"""Where rows lie in a shard's bytes: what makes reading by offset possible without a library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ensemble_distill.config import Config
+
+
+class Segment(Config):
+    """A run of fixed-stride rows: row i of ``fields`` stands at ``offset + i * stride`` bytes."""
+
+    fields: tuple[str, ...]
+    offset: int
+    stride: int
+
+
+def read_segments(data: np.ndarray, rows: int, dtype: np.dtype, segments: Sequence[Segment]) -> np.ndarray:
+    """The records [rows] of a shard's bytes (uint8 [size]); offsets must have been checked."""
+    records = np.zeros(rows, dtype)
+    for segment in segments:
+        raw = data[segment.offset : segment.offset + rows * segment.stride]
+        if len(segment.fields) > 1 or segment.fields == dtype.names:
+            records.view(np.uint8).reshape(rows, -1)[:] = raw.reshape(rows, segment.stride)
+        else:
+            field = dtype[segment.fields[0]]
+            records[segment.fields[0]] = raw.view(field.base).reshape(rows, *field.shape)
+    return records

@@ -1,0 +1,58 @@
+"""Parquet shards: one non-null FixedSizeBinary column a field, one row group, one page, no compression.
+
+Then a column's values stand in one run whose start follows from the footer, and can be read by offset.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ensemble_distill.formats.layout import Segment
+
+
+def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
+    """The bytes of a Parquet file with a column for each field of ``records``, and its segments."""
+    names = records.dtype.names
+    assert names
+    rows = len(records)
+    columns = {name: np.ascontiguousarray(records[name]) for name in names}
+    strides = {name: column.nbytes // rows for name, column in columns.items()}
+    schema = pa.schema(
+        [pa.field(name, pa.binary(strides[name]), nullable=False, metadata=_describe(columns[name])) for name in names]
+    )
+    arrays = [
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(strides[name]), rows, [None, pa.py_buffer(columns[name].tobytes())]
+        )
+        for name in names
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(arrays, schema=schema),
+        sink,
+        row_group_size=rows,
+        data_page_size=1 << 30,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+    segments = []
+    for i, name in enumerate(names):
+        chunk, column = group.column(i), columns[name]
+        end = chunk.data_page_offset + chunk.total_compressed_size
+        offset = end - column.nbytes  # the values are the last thing in the only page
+        assert data[offset:end] == column.tobytes()
+        segments.append(Segment(fields=(name,), offset=offset, stride=strides[name]))
+    return data, tuple(segments)
+
+
+def _describe(column: np.ndarray) -> dict[str, str]:
+    return {"dtype": column.dtype.str, "shape": json.dumps(column.shape[1:])}

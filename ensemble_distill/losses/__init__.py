@@ -1,0 +1,6 @@
+"""Losses: free functions of tensors and ``Targets``, in nats, mean over rows. Suffixes: see targets.py."""
+
+from ensemble_distill.losses.features import feature_cosine, feature_l2
+from ensemble_distill.losses.logits import hard_labels, soft_targets
+
+__all__ = ["feature_cosine", "feature_l2", "hard_labels", "soft_targets"]

@@ -1,0 +1,1 @@
+"""Stage 1: run the ensemble once over the sources and commit what it said."""

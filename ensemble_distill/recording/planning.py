@@ -1,0 +1,132 @@
+"""From a pipeline to a plan: load the members, look at one batch, fix what ``auto`` left open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble_distill.cache.cache import TARGETS
+from ensemble_distill.cache.plan import Capture, FieldSpec, Group, MemberIdentity, Plan, Reading, Split, unit_rows
+from ensemble_distill.codecs.dense import Dense
+from ensemble_distill.codecs.features import Features
+from ensemble_distill.config import CacheConfig, DataConfig, difference
+from ensemble_distill.ensemble.ensemble import Ensemble
+from ensemble_distill.ensemble.members import load_member
+from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.fingerprint import array_digest
+from ensemble_distill.sources.arrays import Source
+from ensemble_distill.store.store import Store
+
+PROBE_ROWS = 128
+
+
+def prepare(
+    data: DataConfig,
+    config: CacheConfig,
+    sources: Mapping[str, Source],
+    store: Store,
+    devices: Sequence[torch.device],
+) -> tuple[Plan, Ensemble]:
+    """The plan of this capture and the ensemble, ready to run.
+
+    Raises Mismatch where the directory holds another plan, naming the first field that differs.
+    """
+    _check(data, config, sources)
+    members = [load_member(member) for member in config.members]
+    ensemble = Ensemble(members, config, len(data.classes), devices)
+    held = existing_plan(store)
+    reading = Reading(
+        classes=data.classes,
+        heads={"main": len(data.classes)},
+        combine=config.combine,
+        temperature_before=tuple(m.temperature for m in config.members),
+        temperature_after=config.temperature,
+        views=data.views,
+    )
+    splits = {name: _rows(name, source, config.views) for name, source in sources.items()}
+    probe = _probe(sources)
+    # Resolved once and stored: a resumed capture must not choose anew.
+    precision = held.capture.precision if held and config.precision == "auto" else config.precision
+    capture = Capture(
+        members=tuple(
+            MemberIdentity(name=m.config.name, weights=m.weights, structure=m.structure, share=m.config.share)
+            for m in members
+        ),
+        precision=ensemble.resolve_precision(precision, probe),
+        batch_size=config.batch_size,
+    )
+    groups = _groups(ensemble, len(data.classes), probe)
+    widest = max(group.dtype.itemsize for group in groups)
+    sized = {
+        name: split.model_copy(update={"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
+        for name, split in splits.items()
+    }
+    plan = Plan(reading=reading, capture=capture, format=config.format, splits=sized, groups=groups)
+    if held is not None:
+        refuse_difference(held, plan, str(store.root))
+    return plan, ensemble
+
+
+def existing_plan(store: Store) -> Plan | None:
+    digests = store.plans()
+    return store.plan(digests[0], Plan) if digests else None
+
+
+def refuse_difference(held: Plan, plan: Plan, where: str) -> None:
+    """Mismatch if a directory was begun with another plan."""
+    hit = difference(held.model_dump(mode="json"), plan.model_dump(mode="json"))
+    if hit is None:
+        return
+    field, old, new = hit
+    raise Mismatch(
+        f"{where} was begun with {field} = {_short(old)}, this run says {_short(new)}",
+        hint=f"restore {field}, or capture into another directory with --out",
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
+    if config.views > 1 and not data.views.transforms:
+        raise UsageError(
+            f"{config.views} views were asked for, but data() has no transforms: they would all be the same",
+            hint="give ViewsConfig some transforms, or drop --views",
+        )
+    for name, source in sources.items():
+        if len(source) == 0:
+            raise UsageError(f"source {name!r} is empty")
+        labels = source.labels
+        if labels is not None and not (labels.min() >= 0 and labels.max() < len(data.classes)):
+            raise Mismatch(
+                f"source {name!r} has labels {labels.min()} to {labels.max()}, "
+                f"but there are {len(data.classes)} classes (0 to {len(data.classes) - 1})"
+            )
+
+
+def _rows(name: str, source: Source, views: int) -> Split:
+    labels = None if source.labels is None else array_digest(source.labels)
+    return Split(rows=len(source), views=views if name == "train" else 1, unit_rows=1, labels=labels)
+
+
+def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    source = next(iter(sources.values()))
+    loaded = source.load(np.arange(min(PROBE_ROWS, len(source))))
+    return {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
+
+
+def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor]) -> tuple[Group, ...]:
+    main = FieldSpec(name="main/logprobs", dtype="<f2", shape=(classes,), codec=Dense(classes=classes))
+    groups = [Group(name=TARGETS, fields=(main,))]
+    features = ensemble({name: x[:2] for name, x in probe.items()}).features
+    for tap in ensemble.config.taps:
+        width = features[tap.field].shape[1]
+        spec = FieldSpec(name=tap.field, dtype="<f2", shape=(width,), codec=Features(width=width))
+        groups.append(Group(name=f"tap.{tap.member}.{tap.module}", fields=(spec,)))
+    return tuple(groups)

@@ -1,0 +1,1 @@
+"""Commit protocol and integrity, over a storage. No torch: a cache can be checked without it."""

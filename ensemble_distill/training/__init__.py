@@ -1,0 +1,1 @@
+"""Stage 2: train a student from a cache. Imports nothing of ``ensemble`` or ``recording``."""

@@ -1,0 +1,83 @@
+"""A run's resumable state: one safetensors file and one JSON record that names it. No pickle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ensemble_distill.config import Config
+from ensemble_distill.errors import Corrupt
+from ensemble_distill.fingerprint import sha256
+from ensemble_distill.store import records
+from ensemble_distill.store.local import LocalStorage
+
+NAME = "checkpoint.json"
+
+
+class State(Config):
+    """Where a run stands: ``step`` optimiser steps done, ``batch`` of them in ``epoch``; and its history."""
+
+    schema_version: Literal[1] = 1
+    step: int
+    epoch: int
+    batch: int
+    sums: dict[str, float]
+    best: dict[str, float]
+    history: tuple[dict[str, Any], ...]
+    finished: bool
+
+
+class Checkpoint(Config):
+    state: State
+    tensors: str
+    sha256: str
+
+
+def save(storage: LocalStorage, state: State, tensors: Mapping[str, Tensor]) -> None:
+    """Durable on return: the tensors first, then the record that names them, then the old ones go."""
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    name = f"checkpoint-{state.step:09d}.safetensors"
+    storage.replace(name, data)
+    storage.replace(NAME, records.seal(Checkpoint(state=state, tensors=name, sha256=sha256(data))))
+    for path in storage.root.glob("checkpoint-*.safetensors"):
+        if path.name != name:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def load(storage: LocalStorage) -> tuple[State, dict[str, Tensor]] | None:
+    """The last saved state, or None where there is none yet. Corrupt if a byte of it changed."""
+    if not storage.exists(NAME):
+        return None
+    checkpoint = records.unseal(Checkpoint, storage.read(NAME), str(storage.root / NAME))
+    data = storage.read(checkpoint.tensors)
+    if sha256(data) != checkpoint.sha256:
+        raise Corrupt(
+            f"{storage.root / checkpoint.tensors}: not the bytes that were saved",
+            hint="train into another --out, or restore the file",
+        )
+    return checkpoint.state, safetensors.torch.load(data)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state by parameter number and name, as tensors."""
+    return {
+        f"optimizer/{i}/{name}": torch.as_tensor(value)
+        for i, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    held: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, i, field = name.split("/")
+            held.setdefault(int(i), {})[field] = value
+    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})

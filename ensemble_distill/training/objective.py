@@ -1,0 +1,83 @@
+"""The objective: a weighted sum of losses over (student outputs, targets, labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_distill.cache.cache import Batch, Cache
+from ensemble_distill.config import FeatureMatch, HardLabels, SoftTargets, Term
+from ensemble_distill.device import Resolved
+from ensemble_distill.errors import UsageError
+from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, soft_targets
+from ensemble_distill.scoring import logits_of
+from ensemble_distill.taps import Taps
+from ensemble_distill.targets import Targets
+
+_DISTANCES = {"cosine": feature_cosine, "l2": feature_l2}
+
+
+class Objective(nn.Module):
+    """Terms by name; owns the adapters that they learn, which train with the student and stay out of it."""
+
+    def __init__(self, terms: Mapping[str, Term], student: nn.Module, cache: Cache, has_labels: bool) -> None:
+        super().__init__()
+        self.terms = {name: term for name, term in terms.items() if term.weight > 0}
+        if not self.terms:
+            raise UsageError("the objective has no term of positive weight")
+        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureMatch)}
+        for name, term in self.terms.items():
+            if isinstance(term, HardLabels) and not has_labels:
+                raise UsageError(f"objective.{name} needs labels, but the source has none")
+            if isinstance(term, FeatureMatch):
+                cache.tap_group(term.tap)  # refuses a tap that the cache does not hold
+        self.taps = tuple(dict.fromkeys(term.tap for term in matches.values()))
+        self._student_taps = Taps(student, list(dict.fromkeys(t.module for t in matches.values())), "the student")
+        self.adapters = nn.ModuleDict()
+
+    def build_adapters(self, student: nn.Module, batch: Batch, device: torch.device) -> None:
+        """A linear map student → teacher for each feature term whose widths differ. Call once, before step 1."""
+        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureMatch)}
+        if not matches:
+            return
+        was_training = student.training
+        student.eval()  # a pass in training mode would move the batch statistics
+        with torch.no_grad(), self._student_taps.watch() as features:
+            logits_of(student, batch.inputs, device, "fp32")
+        student.train(was_training)
+        for name, term in matches.items():
+            width, wanted = features[term.module].shape[1], batch.targets.features[term.tap].shape[1]
+            if width != wanted:
+                self.adapters[name] = nn.Linear(width, wanted).to(device)
+
+    def forward(
+        self, student: nn.Module, batch: Batch, device: torch.device, precision: Resolved
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term's own value (detached, unweighted), for one batch."""
+        with self._student_taps.watch() as features:
+            logits = logits_of(student, batch.inputs, device, precision)
+        targets = batch.targets.to(device)
+        parts = {name: self._term(name, term, logits, features, targets, batch) for name, term in self.terms.items()}
+        total = torch.stack([self.terms[name].weight * value for name, value in parts.items()]).sum()
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def _term(
+        self,
+        name: str,
+        term: Term,
+        logits: Tensor,
+        features: Mapping[str, Tensor],
+        targets: Targets,
+        batch: Batch,
+    ) -> Tensor:
+        if isinstance(term, SoftTargets):
+            return soft_targets(logits, targets, term.temperature)
+        if isinstance(term, HardLabels):
+            assert batch.labels is not None
+            return hard_labels(logits, batch.labels.to(logits.device), term.label_smoothing)
+        feature = features[term.module]
+        if name in self.adapters:
+            feature = self.adapters[name](feature)
+        return _DISTANCES[term.distance](feature, targets.features[term.tap])

@@ -1,0 +1,329 @@
+"""A run: a student trained from a cache, in a directory that can be stopped and resumed anywhere.
+
+config.json              what was asked for, resolved; another config is refused here
+metrics.jsonl            a line an epoch, then one for the test split
+checkpoint*.*            where to go on: weights, EMA, optimiser, adapters, random state
+best.safetensors         the student that did best on held_out
+last.safetensors         the student after the last step
+student.safetensors      the one to deploy: best where there is a held_out split, else last
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ensemble_distill.cache.cache import Batch, Cache
+from ensemble_distill.config import DataConfig, TrainConfig, describe, difference
+from ensemble_distill.device import Resolved, choose_precision, memory_errors, place
+from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.provenance import provenance
+from ensemble_distill.scoring import score
+from ensemble_distill.sources.arrays import Source
+from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.training import checkpoint
+from ensemble_distill.training.checkpoint import State
+from ensemble_distill.training.objective import Objective
+from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
+
+EVALUATION_BATCH = 512
+
+
+@dataclass
+class Progress:
+    """What a reporter is told: after each step, and with ``line`` set at the end of each epoch."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    line: Mapping[str, Any] | None = None
+
+
+Reporter = Callable[[Progress], None]
+
+
+@dataclass
+class Clock:
+    """Seconds of this epoch, in this process: in all, and waiting for the loader."""
+
+    start: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+    def report(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        return {"seconds": round(seconds, 2), "loader_wait": round(self.waited / max(seconds, 1e-9), 4)}
+
+
+class Run:
+    """One student, one cache, one directory."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        config: TrainConfig,
+        sources: Mapping[str, Source],
+        cache: Cache,
+        out: str | Path,
+        device: torch.device,
+        *,
+        workers: int = 1,
+    ) -> None:
+        """Check everything that can be checked before step 1. Raises UsageError and Mismatch."""
+        cache.check(data)
+        for split, source in sources.items():
+            if split in cache.plan.splits:
+                cache.check_labels(source, split)
+        if "train" not in sources:
+            raise UsageError("data() has no source named 'train'")
+        self.data, self.config, self.sources, self.cache = data, config, sources, cache
+        self.device, self.workers = device, workers
+        self.storage = LocalStorage(out)
+        self.best: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self._open_directory()
+        self._build()
+        self._restore()
+
+    # The loop ---------------------------------------------------------------------------------------
+
+    def train(
+        self, report: Reporter = lambda progress: None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Train to the end and return the test line. Interrupted (after saving) when ``stop`` says so."""
+        while self.state["epoch"] < self.config.epochs:
+            self._train_epoch(report, stop)
+        if not self.state["finished"]:
+            self._finish()
+            report(Progress(self.state["step"], self.steps, self.config.epochs, self.config.epochs, self.history[-1]))
+        return self.history[-1]
+
+    def _train_epoch(self, report: Reporter, stop: Callable[[], bool]) -> None:
+        epoch, clock = self.state["epoch"], Clock()
+        sums = torch.tensor(list(self.state["sums"].values()), dtype=torch.float64, device=self.device)
+        self.student.train()
+        for batch in _waited(self._batches("train", epoch, self.state["batch"]), clock):
+            with memory_errors(self.config.batch_size):
+                sums += self._step(batch) * len(batch.index)
+            self.state["step"] += 1
+            self.state["batch"] += 1
+            report(Progress(self.state["step"], self.steps, epoch, self.config.epochs))
+            if stop():
+                self._stop(sums)
+        losses = self._losses(sums)
+        line = {"epoch": epoch + 1, "step": self.state["step"], "train": losses}
+        evaluated = self.evaluated
+        if "held_out" in self.sources and "held_out" in self.cache.plan.splits:
+            line["held_out"] = score(evaluated, self._batches("held_out"), self.device, self.precision)
+            self._keep_best(line["held_out"])
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.history.append(line | {"timing": clock.report()})
+        self.state |= {"epoch": epoch + 1, "batch": 0, "sums": dict.fromkeys(self.state["sums"], 0.0)}
+        self._save()
+        report(Progress(self.state["step"], self.steps, epoch + 1, self.config.epochs, self.history[-1]))
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One optimiser step; the loss and its terms, float64 [1 + terms], left on the device."""
+        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.state["step"], self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = self.objective(self.student, batch, self.device, self.precision)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters(), self.config.clip)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.student)
+        return torch.stack([loss.detach(), *parts.values()]).double()
+
+    def _finish(self) -> None:
+        self.storage.replace("last.safetensors", _weights(self.evaluated))
+        best = "best.safetensors" if self.storage.exists("best.safetensors") else "last.safetensors"
+        weights = self.storage.read(best)
+        self.storage.replace("student.safetensors", weights)
+        line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
+        if "test" in self.sources and "test" in self.cache.plan.splits:
+            final = copy.deepcopy(self.evaluated)
+            final.load_state_dict(safetensors.torch.load(weights))
+            line["test"] = score(final, self._batches("test"), self.device, self.precision)
+        self.history.append(line)
+        self.state["finished"] = True
+        self._save()
+
+    # Pieces -----------------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are scored and exported: the EMA where there is one."""
+        return self.ema.module if self.ema is not None else self.student
+
+    def _batches(self, split: str, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        training = split == "train"
+        return self.cache.loader(
+            self.sources[split],
+            self.config.batch_size if training else EVALUATION_BATCH,
+            split=split,
+            epoch=epoch,
+            seed=self.config.seed,
+            shuffle=training,
+            start=start,
+            taps=self.objective.taps if training else (),
+            workers=self.workers,
+        )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.student.parameters(), *self.objective.adapters.parameters()]
+
+    def _losses(self, sums: Tensor) -> dict[str, float]:
+        rows = len(self.sources["train"])
+        losses = {n: v / rows for n, v in zip(self.state["sums"], sums.tolist(), strict=True)}
+        if not all(map(_finite, losses.values())):
+            raise InvalidOutput(
+                f"the loss is not finite after epoch {self.state['epoch'] + 1}: {losses}",
+                hint="lower optimizer.lr, set clip=1.0 or precision=fp32",
+            )
+        return losses
+
+    def _keep_best(self, scores: Mapping[str, float]) -> None:
+        """Best by held-out accuracy, then NLL; without labels by KL to the ensemble."""
+        better = {k: scores[k] for k in ("accuracy", "nll", "kl") if k in scores}
+        rank = (better.get("accuracy", 0.0), -better.get("nll", better["kl"]))
+        held = (self.best.get("accuracy", 0.0), -self.best.get("nll", self.best.get("kl", 0.0)))
+        if not self.best or rank > held:
+            self.best = better | {"epoch": self.state["epoch"] + 1}
+            self.storage.replace("best.safetensors", _weights(self.evaluated))
+
+    def _stop(self, sums: Tensor) -> None:
+        self.state["sums"] = dict(zip(self.state["sums"], sums.tolist(), strict=True))
+        self._save()
+        raise Interrupted(
+            f"stopped in epoch {self.state['epoch'] + 1}/{self.config.epochs}, "
+            f"step {self.state['step']}/{self.steps} saved",
+            hint="run the same command to go on",
+        )
+
+    # Building and resuming --------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        torch.manual_seed(self.config.seed)
+        student = self.config.student()
+        if not isinstance(student, nn.Module):
+            raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
+        self.student = place(student, self.device)
+        has_labels = self.sources["train"].labels is not None
+        self.objective = Objective(self.config.objective, self.student, self.cache, has_labels)
+        first = next(iter(self._batches("train")))  # also proves the first batch's keys before step 1
+        self.objective.build_adapters(self.student, first, self.device)
+        self.precision: Resolved = self._resolve_precision(first)
+        self.optimizer = make_optimizer(self.config.optimizer, self._parameters())
+        self.ema = Ema(self.student, self.config.ema) if self.config.ema else None
+        self.steps = self.config.epochs * -(-len(self.sources["train"]) // self.config.batch_size)
+        self.state: dict[str, Any] = {
+            "step": 0, "epoch": 0, "batch": 0, "finished": False,
+            "sums": dict.fromkeys(["loss", *self.objective.terms], 0.0),
+        }  # fmt: skip
+
+    def _resolve_precision(self, batch: Batch) -> Resolved:
+        """``auto`` by timing steps of a copy; the choice stands in config.json, so a resumed run keeps it."""
+        held: Resolved | None = self.described.get("precision")
+        if held is None:
+            probe = copy.deepcopy(self.student)
+            with torch.random.fork_rng(), memory_errors(self.config.batch_size):
+                held = choose_precision(
+                    self.config.precision,
+                    self.device,
+                    lambda precision: self.objective(probe, batch, self.device, precision)[0].backward(),
+                )
+            self.objective.zero_grad()
+            self.described["precision"] = held
+            self._write_json("config.json", self.described)
+        return held
+
+    def _open_directory(self) -> None:
+        wanted = {
+            "data": describe(self.data),
+            "train": describe(self.config),
+            "rows": {name: len(source) for name, source in sorted(self.sources.items())},
+            "cache_content": self.cache.content_digest,
+        }
+        root = self.storage.root
+        if not self.storage.exists("config.json"):
+            if root.is_dir() and any(not e.name.startswith(".") for e in root.iterdir()):
+                raise Mismatch(f"{root} is not empty and holds no run", hint="choose a new --out")
+            self.described: dict[str, Any] = wanted | {
+                "cache": str(self.cache.path.absolute()),
+                "manifest": self.cache.digest,
+                "provenance": provenance(),
+            }
+            return
+        self.described = json.loads(self.storage.read("config.json"))
+        hit = difference({name: self.described.get(name) for name in wanted}, json.loads(json.dumps(wanted)))
+        if hit is not None:
+            field, old, new = hit
+            raise Mismatch(
+                f"{root} holds another run: its {field} is {old!r}, this one's {new!r}",
+                hint="choose another --out, or restore the configuration to go on with that run",
+            )
+
+    def _restore(self) -> None:
+        if (saved := checkpoint.load(self.storage)) is None:
+            return
+        state, tensors = saved
+        self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")} | {"sums": state.sums}
+        self.best, self.history = dict(state.best), [dict(line) for line in state.history]
+        for prefix, module in self._modules().items():
+            part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            module.load_state_dict(part)
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+
+    def _save(self) -> None:
+        tensors = {
+            f"{prefix}{name}": tensor
+            for prefix, module in self._modules().items()
+            for name, tensor in module.state_dict().items()
+        }
+        tensors |= checkpoint.optimizer_tensors(self.optimizer) | {"random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        state = State(**self.state, best=self.best, history=tuple(self.history))
+        checkpoint.save(self.storage, state, tensors)
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        self.storage.replace("metrics.jsonl", lines.encode())
+
+    def _modules(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {"student/": self.student, "adapters/": self.objective.adapters}
+        return modules | ({"ema/": self.ema.module} if self.ema is not None else {})
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self.storage.replace(name, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _waited(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        clock.waited += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+
+def _weights(model: nn.Module) -> bytes:
+    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()})
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
