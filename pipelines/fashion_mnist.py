@@ -1,16 +1,15 @@
 """Fashion-MNIST: four residual teachers of up to 0.4 M parameters, a student of 30 thousand.
 
-    ensemble-distill cache pipelines/fashion_mnist.py --out caches/fmnist
-    ensemble-distill train pipelines/fashion_mnist.py --cache caches/fmnist --out runs/distilled
-    ensemble-distill train pipelines/fashion_mnist.py:alone --cache caches/fmnist --out runs/alone
+ensemble-distill cache pipelines/fashion_mnist.py --out caches/fmnist
+ensemble-distill train pipelines/fashion_mnist.py --cache caches/fmnist --out runs/distilled
+ensemble-distill train pipelines/fashion_mnist.py:alone --cache caches/fmnist --out runs/alone
 """
 
 from pathlib import Path
 
+import ensemble_distill as ed
 from parts.fashion_mnist import CLASSES, split
 from parts.resnet import ResNet
-
-import ensemble_distill as ed
 
 TEACHERS = Path(__file__).parents[1] / "data" / "teachers"
 WIDTHS = {"a": (32, 64, 128), "b": (16, 64, 128), "c": (32, 64, 128), "d": (16, 64, 160)}

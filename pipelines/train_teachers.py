@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parts.fashion_mnist import split
-from parts.resnet import ResNet
 from safetensors.torch import load_file, save_file
 
 from ensemble_distill.config import Crop, Erase, Flip, ViewsConfig
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.sources.views import render
+from parts.fashion_mnist import split
+from parts.resnet import ResNet
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def load(kind: type[R], data: bytes, where: str) -> R:
         value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{where}: not the JSON that was written ({error})") from error
-    version = value.get("schema_version", SCHEMA) if isinstance(value, dict) else None
+    version = value.get("schema_version", SCHEMA) if isinstance(value, dict) else SCHEMA
     if version != SCHEMA:
         raise Mismatch(
             f"{where}: schema version {version}, this release reads {SCHEMA}",

@@ -279,7 +279,9 @@ class Run:
         if (saved := checkpoint.load(self.storage)) is None:
             return
         state, tensors = saved
-        self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")} | {"sums": state.sums}
+        self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")}
+        # JSON has sorted the names; the sums are a vector in the order of the objective's terms.
+        self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}
         self.best, self.history = dict(state.best), [dict(line) for line in state.history]
         for prefix, module in self._modules().items():
             part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

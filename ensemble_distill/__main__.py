@@ -1,0 +1,3 @@
+from ensemble_distill.cli.main import main
+
+main()

@@ -1,0 +1,91 @@
+"""Shared fixtures: a pipeline on digits in a folder of its own, the real command line, a finished cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import hypothesis
+import pytest
+
+# Timings are no test's business: the machine may be busy.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.load_profile("default")
+
+HERE = Path(__file__).parent
+PIPELINE = HERE / "pipelines" / "digits.py"
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(**extra: str) -> dict[str, str]:
+    # One thread a process: results do not depend on the machine, and test processes do not fight.
+    return os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | extra
+
+
+class Cli:
+    """Runs the installed command in a folder and returns the finished process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *args: object, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        process = subprocess.run(
+            [sys.executable, "-m", "ensemble_distill", *map(str, args)],
+            cwd=self.folder, env=environment(**env), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+        assert "Traceback" not in process.stderr
+        return process
+
+    def start(self, *args: object, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ensemble_distill", *map(str, args)],
+            cwd=self.folder, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def change(self, old: str, new: str, name: str = "digits.py", to: str | None = None) -> None:
+        """Edit a file of the folder as a user would (or write the edited text under another name)."""
+        text = (self.folder / name).read_text()
+        assert old in text, f"{name} has no {old!r}"
+        (self.folder / (to or name)).write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pipeline and its three trained teachers."""
+    folder = tmp_path_factory.mktemp("teachers")
+    shutil.copy(PIPELINE, folder)
+    load_module(PIPELINE).prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captured(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a finished cache in ``cache``: copy it before you change anything."""
+    folder = tmp_path_factory.mktemp("captured") / "work"
+    shutil.copytree(teachers, folder)
+    Cli(folder)("cache", "digits.py", "--out", "cache")
+    return folder
+
+
+@pytest.fixture
+def cli(teachers: Path, tmp_path: Path) -> Cli:
+    """The command line in a fresh folder with pipeline and teachers, but no cache."""
+    return Cli(shutil.copytree(teachers, tmp_path / "work"))
+
+
+@pytest.fixture
+def cached(captured: Path, tmp_path: Path) -> Cli:
+    """The command line in a fresh folder with pipeline, teachers and a finished cache."""
+    return Cli(shutil.copytree(captured, tmp_path / "work"))

@@ -1,0 +1,307 @@
+"""Codecs, formats, records and the commit protocol: bytes on disk, and what a flipped one leads to."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ensemble_distill.cache.plan import Group, Plan, WorkItem, unit_rows
+from ensemble_distill.codecs.dense import Dense
+from ensemble_distill.codecs.features import Features
+from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, StorageError, Unsafe
+from ensemble_distill.fingerprint import sha256
+from ensemble_distill.formats import encode
+from ensemble_distill.formats.layout import Segment, read_segments
+from ensemble_distill.store import local, records
+from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.records import Commit
+from ensemble_distill.store.store import Store, open_store
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Codecs ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 20), st.integers(2, 50), st.integers(0, 2**31))
+def test_dense_round_trips_within_its_declared_error(b: int, c: int, seed: int) -> None:
+    logits = torch.randn(b, c, generator=torch.Generator().manual_seed(seed)) * 10
+    logprobs = torch.log_softmax(logits, 1)
+    codec = Dense(classes=c)
+    stored = codec.encode(logprobs)
+    decoded = codec.decode(stored)
+    assert stored.dtype == torch.float16
+    torch.testing.assert_close(stored.float(), logprobs, rtol=2**-11, atol=1e-7)
+    torch.testing.assert_close(decoded.exp().sum(1), torch.ones(b))
+    kl = (logprobs.exp() * (logprobs - decoded)).sum(1)
+    assert float(kl.abs().max()) < 2e-6
+
+
+def test_dense_keeps_certainty_and_impossibility() -> None:
+    codec = Dense(classes=3)
+    one_hot = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    assert torch.equal(codec.decode(codec.encode(one_hot)), one_hot)
+    small = torch.log_softmax(torch.tensor([[0.0, -60.0, -1e5]]), 1)
+    assert codec.encode(small)[0, 1] == -60 and torch.isfinite(codec.encode(small)).all()
+
+
+def test_features_round_trip_and_refuse_what_float16_cannot_hold() -> None:
+    x = torch.randn(5, 8) * 100
+    codec = Features(width=8)
+    torch.testing.assert_close(codec.decode(codec.encode(x)), x, rtol=2**-11, atol=1e-7)
+    for bad in (7e4, torch.nan):
+        with pytest.raises(InvalidOutput, match="not finite"):
+            codec.encode(torch.full((1, 8), bad))
+
+
+def test_the_bytes_of_each_codec_are_golden() -> None:
+    golden = json.loads((GOLDEN / "codecs.json").read_text())
+    logprobs = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.998, 0.001, 0.001]]))
+    assert Dense(classes=3).encode(logprobs).numpy().astype("<f2").tobytes().hex() == golden["dense"]
+    assert Features(width=3).encode(torch.tensor([[1.0, -2.5, 3e-5]])).numpy().tobytes().hex() == golden["features"]
+
+
+# Formats --------------------------------------------------------------------------------------------
+
+DTYPE = np.dtype([("main/logprobs", "<f2", (10,)), ("main/flag", "u1", ()), ("ids", "<u4", (3,))], align=True)
+
+
+def some_records(rows: int) -> np.ndarray:
+    rng = np.random.default_rng(rows)
+    table = np.zeros(rows, DTYPE)
+    table["main/logprobs"] = rng.normal(size=(rows, 10))
+    table["main/flag"] = rng.integers(0, 2, rows)
+    table["ids"] = rng.integers(0, 2**31, (rows, 3))
+    return table
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 3000))
+def test_rows_are_read_back_by_offset_without_the_library(format: str, rows: int) -> None:
+    table = some_records(rows)
+    data, segments = encode(format, table)
+    found = read_segments(np.frombuffer(data, np.uint8), rows, DTYPE, segments)
+    assert found.tobytes() == table.tobytes()
+    assert encode(format, table)[0] == data  # the same content gives the same bytes, hence the same name
+
+
+def test_other_peoples_tools_read_the_shards(tmp_path: Path) -> None:
+    table = some_records(50)
+    for format in ("hdf5", "parquet"):
+        (tmp_path / format).write_bytes(encode(format, table)[0])
+    with h5py.File(tmp_path / "hdf5") as file:
+        assert file["rows"].chunks is None and file["rows"].compression is None
+        assert file["rows"][:].tobytes() == table.tobytes()
+    column = pq.read_table(tmp_path / "parquet")["ids"]
+    assert b"".join(column.to_pylist()) == table["ids"].tobytes()
+    assert column.type.byte_width == 12
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_a_golden_shard_of_an_earlier_release_is_still_read(format: str) -> None:
+    """The file was written by release 0.1.0; the test fails if what is read from it changes."""
+    data = (GOLDEN / f"shard.{format}").read_bytes()
+    commit = records.load(Commit, (GOLDEN / f"commit.{format}.json").read_bytes(), "golden")
+    assert records.block_hashes(data) == commit.blocks
+    found = read_segments(np.frombuffer(data, np.uint8), commit.rows, DTYPE, commit.segments)
+    assert found.tobytes() == some_records(40).tobytes()
+    assert records.content_hash(found) == commit.content
+
+
+def test_logical_content_is_the_same_in_both_formats_and_follows_every_bit() -> None:
+    table = some_records(30)
+    changed = table.copy()
+    changed["ids"][29, 2] ^= 1
+    assert records.content_hash(table) == records.content_hash(table.copy())
+    assert records.content_hash(table) != records.content_hash(changed)
+    assert records.content_hash(table) != records.content_hash(table[:29])
+
+
+# Records --------------------------------------------------------------------------------------------
+
+
+def a_commit() -> Commit:
+    segment = Segment(fields=("x",), offset=3, stride=2)
+    return Commit(unit="u", object="o.h5", size=9, rows=3, segments=(segment,), blocks=("b",), content="c", keys="k")
+
+
+def test_any_flipped_bit_of_a_sealed_record_is_found() -> None:
+    data = records.seal(a_commit())
+    assert records.unseal(Commit, data, "here") == a_commit()
+    for i in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[i // 8] ^= 1 << i % 8
+        with pytest.raises((Corrupt, Mismatch)):
+            records.unseal(Commit, bytes(flipped), "here")
+    for cut in range(0, len(data), 7):
+        with pytest.raises(Corrupt):
+            records.unseal(Commit, data[:cut], "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"commits":[],"commits":[]}', "twice"),
+        ('{"commits":NaN}', "NaN"),
+        ('{"commits":[],"more":1}', "no such field"),
+        ('{"commits": []}', "not those that were written"),
+        ("[" * 100_000, "not the JSON"),
+        ("[]", "Page"),
+    ],
+)
+def test_json_is_read_strictly(text: str, reason: str) -> None:
+    with pytest.raises(Corrupt, match=reason):
+        records.load(records.Page, text.encode(), "here")
+
+
+def test_another_schema_version_is_a_mismatch() -> None:
+    with pytest.raises(Mismatch, match="schema version 2, this release reads 1"):
+        records.load(records.Manifest, b'{"schema_version":2}', "here")
+
+
+# Storage --------------------------------------------------------------------------------------------
+
+
+def test_create_once_means_once(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "new" / "place")
+    assert storage.create("a/b", b"first") and not storage.create("a/b", b"second")
+    assert storage.read("a/b") == b"first" and storage.list("a") == ["a/b"]
+    storage.replace("a/b", b"third")
+    assert storage.read("a/b") == b"third"
+    assert [p.name for p in (tmp_path / "new" / "place" / "a").iterdir()] == ["b"]  # no temporary is left
+    with pytest.raises(Corrupt, match="missing"):
+        storage.read("a/c")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a//b", "a/../../b", "a\0b", ".hidden", "a\\b", "s3://b", ""])
+def test_names_cannot_leave_the_directory(tmp_path: Path, name: str) -> None:
+    storage = LocalStorage(tmp_path)
+    for call in (storage.read, storage.exists, lambda n: storage.create(n, b"")):
+        with pytest.raises(Unsafe):
+            call(name)
+
+
+def test_durable_means_file_then_name_then_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of system calls of a create: losing any of them would lose acknowledged data."""
+    calls: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def spy_fsync(fd: int) -> None:
+        calls.append("fsync directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "link", lambda a, b: (calls.append("link"), link(a, b))[1])
+    storage = LocalStorage(tmp_path)
+    storage.create("x", b"1")
+    assert calls == ["fsync file", "link", "fsync directory"]
+    calls.clear()
+    storage.create("x", b"1")
+    assert calls == ["fsync directory"]  # somebody else's link may not be durable yet
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_errors_of_the_disk_are_one_sentence_and_leave_nothing(tmp_path: Path, monkeypatch, number: int) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(local.os, "fsync", fail)
+    with pytest.raises(StorageError, match=os.strerror(number)) as error:
+        LocalStorage(tmp_path).create("x", b"data")
+    assert error.value.exit_code == 6 and error.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+# The store ------------------------------------------------------------------------------------------
+
+
+def put(store: Store, unit: str = "u-0", rows: int = 40, format: str = "hdf5") -> Commit:
+    return store.put_unit(unit, some_records(rows), format, "0" * 64, None, {})
+
+
+def test_the_first_commit_wins(tmp_path: Path) -> None:
+    store = Store(LocalStorage(tmp_path))
+    first = put(store, rows=40)
+    put(store, rows=41)
+    assert store.commit("u-0") == first and store.committed() == {"u-0"}
+
+
+def test_an_object_is_durable_before_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    create = LocalStorage.create
+    monkeypatch.setattr(
+        LocalStorage, "create", lambda self, name, data: (create(self, name, data), order.append(name.split("/")[0]))[0]
+    )
+    put(Store(LocalStorage(tmp_path)))
+    assert order == ["objects", "commits"]
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_any_flipped_byte_and_any_truncation_of_a_shard_is_found(tmp_path: Path, format: str) -> None:
+    store = Store(LocalStorage(tmp_path))
+    commit = put(store, format=format)
+    path = tmp_path / "objects" / commit.object
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for bit in rng.choice(len(data) * 8, 300, replace=False):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(Corrupt, match="not those that were committed"):
+            store.object(commit)
+    for size in (0, 1, len(data) // 2, len(data) - 1, len(data) + 1):
+        path.write_bytes((data + b"\0")[:size])
+        with pytest.raises(Corrupt, match=f"{size} bytes, expected {len(data)}"):
+            store.object(commit)
+
+
+def test_large_shards_are_hashed_in_blocks(tmp_path: Path) -> None:
+    data = os.urandom(2 * records.BLOCK + 5)
+    blocks = records.block_hashes(data)
+    assert len(blocks) == 3 and blocks[2] == sha256(data[-5:])
+    assert records.root_hash(blocks) != records.root_hash(blocks[:2])
+
+
+def test_a_directory_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(Mismatch, match="no cache"):
+        open_store(tmp_path, create=True)
+    (tmp_path / "killed" / "plans").mkdir(parents=True)
+    assert open_store(tmp_path / "killed", create=True).plans() == []
+
+
+# The plan -------------------------------------------------------------------------------------------
+
+
+def test_unit_sizes_follow_the_formula() -> None:
+    assert unit_rows(55_000, 20) == 1024
+    assert unit_rows(1_281_167, 2000) == 20_019
+    assert unit_rows(10**9, 2000) == (64 << 20) // 2000
+    assert unit_rows(10, 1 << 30) == 1
+
+
+@given(st.integers(1, 5000), st.integers(1, 3), st.integers(1, 700))
+def test_work_items_cover_every_row_of_every_view_once(rows: int, views: int, per_unit: int) -> None:
+    spec = {"rows": rows, "views": views, "unit_rows": per_unit, "labels": None}
+    plan = Plan.model_construct(splits={"train": Plan.model_fields["splits"].annotation.__args__[1](**spec)}, groups=())
+    items = list(plan.items())
+    covered = [(i.view, row) for i in items for row in range(i.first, i.last)]
+    assert covered == [(view, row) for view in range(views) for row in range(rows)]
+    group = Group(name="targets", fields=())
+    assert len({i.unit(group) for i in items}) == len(items)
+
+
+def test_unit_names_are_what_they_have_always_been() -> None:
+    item = WorkItem(split="train", view=3, page=12, first=0, last=1)
+    assert item.unit(Group(name="tap.a.pool", fields=())) == "train-v000003-00000012.tap.a.pool"
