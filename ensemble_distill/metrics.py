@@ -54,7 +54,7 @@ class Tally:
         self.bins += torch.stack([_bins(p, r) for p, r in zip(stacked, right, strict=True)]).cpu()
 
     def report(self) -> dict[str, Any]:
-        """accuracy, nll (nats), ece by predictor; disagreement: mean over the pairs of members."""
+        """accuracy, nll (nats), ece, agreement with the ensemble by predictor; disagreement: mean over the pairs of members."""
         members = len(self.names) - 1
         pairs = max(1, members * (members - 1))
         inner = float(self.disagree[:members, :members].sum())
@@ -65,6 +65,7 @@ class Tally:
                     "accuracy": float(self.correct[i]) / self.labelled,
                     "nll": float(self.nll[i]) / self.labelled,
                     "ece": float(_ece(self.bins[i])),
+                    "agreement": 1 - float(self.disagree[i, -1]) / max(1, self.rows),
                 }
                 for i, name in enumerate(self.names)
             }

@@ -12,7 +12,7 @@ from parts.fashion_mnist import CLASSES, split
 from parts.resnet import ResNet
 
 TEACHERS = Path(__file__).parents[1] / "data" / "teachers"
-WIDTHS = {"a": (32, 64, 128), "b": (16, 64, 128), "c": (32, 64, 128), "d": (16, 64, 160)}
+WIDTHS = {"a": (32, 64, 128), "b": (32, 64, 128), "c": (32, 64, 128), "d": (24, 64, 160)}
 
 
 def data() -> ed.DataConfig:

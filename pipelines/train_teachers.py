@@ -2,11 +2,11 @@
 
     python pipelines/train_teachers.py --out data/teachers
 
-Each member has its own seed, width and augmentation, and is trained in two cycles of the learning rate
-(Loshchilov & Hutter 2017). Three quarters of the first cycle see random 24-pixel windows, which is 1.4 times
-less work; the rest sees whole 28-pixel images, the size the network is used at (Touvron et al. 2019). After
-each epoch the state is saved beside the weights, so the same command resumes. The test set is looked at
-for the last line of each member's log only.
+Each member has its own seed, width, augmentation and schedule: one or two cycles of the learning rate
+(Loshchilov & Hutter 2017), of which some epochs may see random 24-pixel windows, at 1.4 times less work, before
+the whole 28-pixel images that the network is used at (Touvron et al. 2019). After each epoch the state is
+saved beside the weights, so the same command resumes. The test set is looked at for the last line of each
+member's log only.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Recipe:
 
 MEMBERS = {
     "a": Recipe((32, 64, 128), erase=0.5, seed=1, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
-    "b": Recipe((16, 64, 128), erase=0.4, seed=2, cycles=((24, 0.15, 0.75), (14, 0.08, 0.0))),
+    "b": Recipe((32, 64, 128), erase=0.3, seed=2, cycles=((24, 0.1, 0.0),)),
     "c": Recipe((32, 64, 128), erase=0.3, seed=3, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
-    "d": Recipe((16, 64, 160), erase=0.5, seed=4, cycles=((24, 0.15, 0.75), (14, 0.08, 0.0))),
+    "d": Recipe((24, 64, 160), erase=0.2, seed=4, cycles=((24, 0.1, 0.0),)),
 }
 
 

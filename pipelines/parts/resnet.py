@@ -39,6 +39,7 @@ class ResNet(nn.Module):
         widths: Sequence[int],
         classes: int,
         channels: int = 1,
+        first_stride: int = 1,
         mean: float = 0.286,
         std: float = 0.353,
     ) -> None:
@@ -50,7 +51,7 @@ class ResNet(nn.Module):
         previous = widths[0]
         self.stages: list[str] = []
         for i, width in enumerate(widths, 1):
-            self.add_module(f"stage{i}", Block(previous, width, 1 if i == 1 else 2))
+            self.add_module(f"stage{i}", Block(previous, width, first_stride if i == 1 else 2))
             self.stages.append(f"stage{i}")
             previous = width
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -1,0 +1,163 @@
+"""Four ratios, each of two things measured in one run, in turn; medians of several repetitions.
+
+    python benchmarks/first_light.py
+
+1. stage 1: the bare forward passes of the members / the whole capture of the same rows     (goal: at least 0.95)
+2. stage 2: waiting for the loader / the whole epoch                                          (goal: below 0.03)
+3. stage 2: rows/s of shuffled target batches, checked / a memory-map gather of the same rows (goal: at least 0.5)
+4. the time a cache saves: an epoch with the ensemble live in the loop / an epoch from the cache
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+import fashion_mnist
+from ensemble_distill.cache.cache import open_cache, render_inputs
+from ensemble_distill.device import devices
+from ensemble_distill.ensemble.ensemble import Ensemble
+from ensemble_distill.losses import hard_labels, soft_targets
+from ensemble_distill.philox import permutation
+from ensemble_distill.recording.capture import Recorder
+from ensemble_distill.recording.planning import prepare
+from ensemble_distill.scoring import logits_of
+from ensemble_distill.sources.arrays import Limited, Source
+from ensemble_distill.store.store import open_store
+from ensemble_distill.targets import Targets
+from ensemble_distill.training.run import Run
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def pairs(first: Callable[[], object], second: Callable[[], object], repetitions: int) -> tuple[float, list[float]]:
+    """The median of first/second, and all of them; the two run in turn, so that drift hits both."""
+    first(), second()
+    ratios = [timed(first) / timed(second) for _ in range(repetitions)]
+    return statistics.median(ratios), ratios
+
+
+def bare_forward(ensemble: Ensemble, source: Source, batch: int) -> None:
+    """What capturing cannot do without: the members' passes over inputs that lie ready."""
+    for index in np.array_split(np.arange(len(source)), -(-len(source) // batch)):
+        ensemble._forward({"image": torch.from_numpy(source.load(index).inputs["image"])})
+
+
+def stage1(sources: dict[str, Source], folder: Path, repetitions: int) -> tuple[float, list[float]]:
+    data, config = fashion_mnist.data(), fashion_mnist.cache()
+    count = iter(range(1000))
+    plan, ensemble = prepare(data, config, sources, open_store(folder / "plan", create=True), devices("auto"))
+    size = plan.capture.batch_size
+
+    def capture() -> None:
+        store = open_store(folder / f"capture-{next(count)}", create=True)
+        Recorder(plan, ensemble, sources, store).run()
+
+    return pairs(lambda: [bare_forward(ensemble, s, size) for s in sources.values()], capture, repetitions)
+
+
+def stage2_reads(cache_path: Path, source: Source, repetitions: int) -> tuple[float, list[float]]:
+    cache = open_cache(cache_path)
+    rows = len(source)
+    raw = np.memmap(cache_path.parent / "raw.bin", np.float16, "w+", shape=(rows, 10))
+    raw[:] = cache.targets_at(np.arange(rows)).logprobs.half().numpy()
+    order = permutation(rows, 0, 0)
+    batches = [order[i : i + 256] for i in range(0, rows, 256)]
+
+    def ours() -> None:
+        for index in batches:
+            cache.targets_at(index)
+
+    def limit() -> None:  # the same rows, decoded the same way: what is left is the reader's own cost
+        for index in batches:
+            torch.log_softmax(torch.from_numpy(raw[index]).float(), 1)
+
+    return pairs(limit, ours, repetitions)
+
+
+def live_against_cached(
+    cache_path: Path, source: Source, ensemble: Ensemble, repetitions: int
+) -> tuple[float, list[float]]:
+    """An epoch of the student with the ensemble live in the loop / the same epoch from the cache."""
+    cache, config = open_cache(cache_path), fashion_mnist.train()
+    device = devices("auto")[0]
+
+    def live_targets() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
+        order = permutation(len(source), 0, 0)
+        for i in range(0, len(order), config.batch_size):
+            index = order[i : i + config.batch_size]
+            loaded = source.load(index)
+            inputs = {name: torch.from_numpy(x) for name, x in loaded.inputs.items()}
+            inputs = render_inputs(inputs, loaded.keys, cache.plan, "train", 0)
+            yield inputs, Targets(ensemble(inputs).logprobs.clone()), torch.from_numpy(source.labels[index])
+
+    def cached_targets() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
+        for batch in cache.loader(source, config.batch_size):
+            yield batch.inputs, batch.targets, batch.labels
+
+    def epoch(batches: Callable[[], Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]]) -> None:
+        torch.manual_seed(0)
+        student = config.student()
+        optimizer = torch.optim.AdamW(student.parameters())
+        for inputs, targets, labels in batches():
+            logits = logits_of(student, inputs, device, "fp32")
+            loss = 0.7 * soft_targets(logits, targets, 4.0) + 0.3 * hard_labels(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return pairs(lambda: epoch(live_targets), lambda: epoch(cached_targets), repetitions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8192, help="training samples to measure on")
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    data = fashion_mnist.data()
+    sources: dict[str, Source] = {"train": Limited(data.sources["train"], args.rows)}
+    results: dict[str, object] = {
+        "rows": args.rows,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ratio, spread = stage1(sources, folder, args.repetitions)
+        report(results, "bare forward / capture", ratio, spread)
+        cache_path = folder / "capture-0"
+        config = fashion_mnist.train().model_copy(update={"epochs": 3})
+        run = Run(data, config, sources, open_cache(cache_path), folder / "run", devices("auto")[0])
+        run.train()
+        waits = [line["timing"]["loader_wait"] for line in run.history if "timing" in line]
+        report(results, "loader wait / epoch", statistics.median(waits), waits)
+        ratio, spread = stage2_reads(cache_path, sources["train"], args.repetitions)
+        report(results, "target reads / memory-map gather", ratio, spread)
+        store = open_store(cache_path)
+        _, ensemble = prepare(data, fashion_mnist.cache(), sources, store, devices("auto"))
+        ratio, spread = live_against_cached(cache_path, sources["train"], ensemble, max(1, args.repetitions // 2))
+        report(results, "live epoch / cached epoch", ratio, spread)
+    print(json.dumps(results, indent=1))
+
+
+def report(results: dict[str, object], name: str, ratio: float, spread: list[float]) -> None:
+    results[name] = {"median": round(ratio, 4), "all": [round(r, 4) for r in spread]}
+    print(f"{name}: {ratio:.3f}  ({', '.join(f'{r:.3f}' for r in spread)})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
