@@ -232,7 +232,8 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
     try:
         return type(node)(**children)
     except ValidationError as error:
-        raise UsageError(f"--set {whole}: {explain(error, type(node))}") from error
+        problem = explain(error, type(node)).partition(": ")[2]  # the field's name stands in the option
+        raise UsageError(f"--set {whole}: {problem}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 class Error(Exception):
     exit_code = 1
+    default_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
 
 class UsageError(Error):
@@ -34,6 +35,7 @@ class Mismatch(Error):
 
 class Corrupt(Error):
     exit_code = 4
+    default_hint = "restore the file from a copy, or make the cache or the run anew in another directory"
 
 
 class Unsafe(Error):

@@ -54,7 +54,7 @@ class Tally:
         self.bins += torch.stack([_bins(p, r) for p, r in zip(stacked, right, strict=True)]).cpu()
 
     def report(self) -> dict[str, Any]:
-        """accuracy, nll (nats), ece, agreement with the ensemble by predictor; disagreement: mean over the pairs of members."""
+        """accuracy, nll (nats), ece, agreement with the ensemble by predictor; disagreement over pairs of members."""
         members = len(self.names) - 1
         pairs = max(1, members * (members - 1))
         inner = float(self.disagree[:members, :members].sum())

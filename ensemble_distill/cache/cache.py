@@ -20,7 +20,7 @@ from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
-from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import render
 from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store, open_store
@@ -149,6 +149,7 @@ class Cache:
         Labels whose digest differs call for a look at every key, since only that tells a relabelled
         source (Mismatch) from a reordered one.
         """
+        check_label_range(source, split, len(self.plan.reading.classes))
         spec = self.plan.splits.get(split)
         if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
             return
@@ -197,7 +198,10 @@ def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: st
             hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
         )
     if expect_digest is not None and digest != expect_digest:
-        raise Mismatch(f"{path}: its manifest digest is {digest}, expected {expect_digest}")
+        raise Mismatch(
+            f"{path}: its manifest digest is {digest}, expected {expect_digest}",
+            hint="this is not the cache that you pinned: look at it with `ensemble-distill inspect`",
+        )
     return Cache(store, digest, memory or _quarter_of_memory())
 
 

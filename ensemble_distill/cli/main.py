@@ -108,6 +108,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, MemoryError):
         _say("error: out of memory", "try a smaller --batch-size")
         return 8
+    from ensemble_distill.cli.pipeline import failed, user_line
+
+    if user_line(error):  # the pipeline's code raised it, or was on the way: a teacher, a student, a source
+        return _explain(failed(error))
     _say(
         f"error: {type(error).__name__}: {error} (this is a bug of ours)",
         "run the same command with --debug and report what it prints",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -47,8 +48,8 @@ class Pipeline:
         sys.modules["pipeline"] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
-            raise self._failed(error) from error
+        except (Exception, SystemExit) as error:
+            raise failed(error) from error
         return module
 
     def _call(self, name: str, kind: type[C]) -> C:
@@ -58,21 +59,11 @@ class Pipeline:
             raise UsageError(f"{self.path} has no function {name!r}{suggestion(name, there)}")
         try:
             result = function()
-        except Exception as error:
-            raise self._failed(error) from error
+        except (Exception, SystemExit) as error:
+            raise failed(error) from error
         if not isinstance(result, kind):
             raise UsageError(f"{self.path}: {name}() gave a {type(result).__name__}, expected a {kind.__name__}")
         return result
-
-    def _failed(self, error: Exception) -> Error:
-        if isinstance(error, Error):
-            return error
-        where = _line(error, self.path)
-        if isinstance(error, ValidationError):
-            return UsageError(f"{where}: {explain(error, _model(error.title))}")
-        if isinstance(error, ImportError):
-            return UsageError(f"{where}: {error}", hint="install what the pipeline imports")
-        return UsageError(f"{where}: {type(error).__name__}: {error}")
 
 
 def sources(data: DataConfig, limit: int | None) -> Mapping[str, Source]:
@@ -82,12 +73,30 @@ def sources(data: DataConfig, limit: int | None) -> Mapping[str, Source]:
     return {name: Limited(source, limit) for name, source in data.sources.items()}
 
 
-def _line(error: Exception, path: Path) -> str:
-    """The last place inside the pipeline's folder that the error passed: file and line."""
+def failed(error: BaseException) -> Error:
+    """An exception that came out of the pipeline's code, as one sentence with file and line."""
+    if isinstance(error, Error):
+        return error
+    where = user_line(error) or "the pipeline"
+    if isinstance(error, ValidationError):
+        return UsageError(f"{where}: {explain(error, _model(error.title))}")
+    if isinstance(error, ImportError):
+        return UsageError(f"{where}: {error}", hint="install what the pipeline imports")
+    return UsageError(
+        f"{where}: {type(error).__name__}: {error}", hint="mend the pipeline; --debug shows the traceback"
+    )
+
+
+def user_line(error: BaseException) -> str | None:
+    """``file:line`` of the last place in the pipeline's folder that an error passed, or None."""
+    if (module := sys.modules.get("pipeline")) is None or module.__file__ is None:
+        return None
+    folder = Path(module.__file__).absolute().parent
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if Path(f.filename).is_relative_to(path.parent.absolute())]
-    own = own or [f for f in frames if Path(f.filename) == path]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else str(path)
+    own = [
+        f for f in frames if Path(f.filename).absolute().is_relative_to(folder) and "/site-packages/" not in f.filename
+    ]
+    return f"{os.path.relpath(own[-1].filename)}:{own[-1].lineno}" if own else None
 
 
 def _model(title: str) -> type[BaseModel]:

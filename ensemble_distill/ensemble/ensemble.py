@@ -84,6 +84,10 @@ class Ensemble:
             combined = torch.log_softmax(combined / self.config.temperature, dim=1)
         return Outputs(combined, members, {name: f.to(first) for name, f in features.items()})
 
+    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The taps of a batch alone, unchecked: to learn their widths."""
+        return self._forward(inputs)[1]
+
     @torch.inference_mode()
     def _forward(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         copies = {d: {name: upload(x, d) for name, x in inputs.items()} for d in dict.fromkeys(self.devices)}

@@ -62,9 +62,15 @@ def _load_weights(module: nn.Module, name: str, path: Path) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise Mismatch(f"member {name!r}: {path}: {error}") from error
+        raise Mismatch(
+            f"member {name!r}: {path} is no safetensors file: {error}",
+            hint="restore the file, or save the weights again",
+        ) from error
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
-        raise Mismatch(f"member {name!r}: {path} does not fit the module that build() made: {detail}") from error
+        raise Mismatch(
+            f"member {name!r}: {path} does not fit the module that build() made: {detail}",
+            hint="build() must make the module that these weights were saved from",
+        ) from error

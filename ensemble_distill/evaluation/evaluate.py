@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache
 from ensemble_distill.config import TrainConfig
 from ensemble_distill.device import place, upload
-from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, Mismatch, UsageError
+from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.targets import Targets
@@ -37,9 +38,12 @@ def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> 
     path = Path(run) / "student.safetensors"
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="finish the run: `ensemble-distill train` goes on with it")
+    data, expected = path.read_bytes(), _student_digest(Path(run))
+    if expected not in (None, sha256(data)):
+        raise Corrupt(f"{path} is damaged: not the weights that the run exported")
     student = config.student()
     try:
-        student.load_state_dict(load_file(path))
+        student.load_state_dict(safetensors.torch.load(data))
     except (RuntimeError, SafetensorError) as error:
         detail = str(error).replace("\n\t", " ").strip()
         raise Mismatch(
@@ -105,3 +109,12 @@ def run_cache(run: str | Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
     return path if path.is_dir() else None
+
+
+def _student_digest(run: Path) -> str | None:
+    """The SHA-256 of the exported weights, from the last line of the run's metrics."""
+    try:
+        digest = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["student"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None  # a student that was taken out of its run
+    return str(digest)

@@ -225,6 +225,9 @@ def seal(plan: Plan, store: Store) -> str:
         if commit.statistics is not None:
             tally = Tally.from_state(commit.statistics)
             tallies.setdefault(item.split, Tally.empty(tally.names)).merge(tally)
+    for split, pages_of_split in keys.items():
+        for page, digest in pages_of_split.items():
+            store.keys(split, page, digest)  # a damaged page must not be sealed
     pages = [Page(commits=tuple(commits[i : i + PAGE_UNITS])) for i in range(0, len(commits), PAGE_UNITS)]
     manifest = Manifest(
         plan=store.put_plan(plan),

@@ -18,7 +18,7 @@ from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
-from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.store.store import Store
 
 PROBE_ROWS = 128
@@ -78,7 +78,10 @@ def existing_plan(store: Store) -> Plan | None:
 
 def refuse_difference(held: Plan, plan: Plan, where: str) -> None:
     """Mismatch if a directory was begun with another plan."""
-    hit = difference(held.model_dump(mode="json"), plan.model_dump(mode="json"))
+    old_plan, new_plan = held.model_dump(mode="json"), plan.model_dump(mode="json")
+    # Another number of rows changes the labels' digest and the unit size too: say the cause.
+    rows = [{"splits": {n: {"rows": s["rows"]} for n, s in p["splits"].items()}} for p in (old_plan, new_plan)]
+    hit = difference(rows[0], rows[1]) or difference(old_plan, new_plan)
     if hit is None:
         return
     field, old, new = hit
@@ -102,12 +105,7 @@ def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source])
     for name, source in sources.items():
         if len(source) == 0:
             raise UsageError(f"source {name!r} is empty")
-        labels = source.labels
-        if labels is not None and not (labels.min() >= 0 and labels.max() < len(data.classes)):
-            raise Mismatch(
-                f"source {name!r} has labels {labels.min()} to {labels.max()}, "
-                f"but there are {len(data.classes)} classes (0 to {len(data.classes) - 1})"
-            )
+        check_label_range(source, name, len(data.classes))
 
 
 def _rows(name: str, source: Source, views: int) -> Split:
@@ -124,7 +122,7 @@ def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
 def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor]) -> tuple[Group, ...]:
     main = FieldSpec(name="main/logprobs", dtype="<f2", shape=(classes,), codec=Dense(classes=classes))
     groups = [Group(name=TARGETS, fields=(main,))]
-    features = ensemble({name: x[:2] for name, x in probe.items()}).features
+    features = ensemble.features({name: x[:2] for name, x in probe.items()})
     for tap in ensemble.config.taps:
         width = features[tap.field].shape[1]
         spec = FieldSpec(name=tap.field, dtype="<f2", shape=(width,), codec=Features(width=width))

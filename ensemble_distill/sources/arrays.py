@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ensemble_distill.errors import UsageError
+from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import sample_keys
 
 
@@ -74,3 +74,15 @@ class Limited:
 
     def load(self, index: np.ndarray) -> Loaded:
         return self._source.load(index)
+
+
+def check_label_range(source: Source, split: str, classes: int) -> None:
+    """Refuse labels that name no class (Mismatch)."""
+    labels = source.labels
+    if labels is None or len(labels) == 0 or (labels.min() >= 0 and labels.max() < classes):
+        return
+    raise Mismatch(
+        f"source {split!r} has labels {labels.min()} to {labels.max()}, "
+        f"but there are {classes} classes (0 to {classes - 1})",
+        hint="mend the labels, or name all the classes in data()",
+    )

@@ -88,7 +88,7 @@ def load(kind: type[R], data: bytes, where: str) -> R:
 def load_hashed(kind: type[R], data: bytes, digest: str, where: str) -> R:
     """The same, for a record whose name or parent says its SHA-256."""
     if sha256(data) != digest:
-        raise Corrupt(f"{where}: SHA-256 {sha256(data)[:12]}…, expected {digest[:12]}…")
+        raise Corrupt(f"{where} is damaged: its SHA-256 is {sha256(data)[:12]}…, expected {digest[:12]}…")
     return load(kind, data, where)
 
 

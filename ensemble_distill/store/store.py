@@ -49,9 +49,11 @@ class Store:
         """Commit one page of the key table (uint8 [rows, 16]); Mismatch if another content stands there."""
         name, data = f"keys/{split}-{page:08d}", keys.tobytes()
         if not self.storage.create(name, data) and (held := self.storage.read(name)) != data:
-            rows = min(len(held), len(data)) // KEY_BYTES
-            old = np.frombuffer(held, np.uint8)[: rows * KEY_BYTES].reshape(rows, KEY_BYTES)
-            row = int(np.argmax((old != keys[:rows]).any(axis=1)))
+            witnesses = {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
+            if len(held) != len(data) or (witnesses and witnesses != {sha256(held)}):
+                raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=_MEND)
+            old = np.frombuffer(held, np.uint8).reshape(-1, KEY_BYTES)
+            row = int(np.argmax((old != keys).any(axis=1)))
             raise Mismatch(
                 f"{self.root}: sample {row} of page {page} of {split} has key {keys[row].tobytes().hex()}, "
                 f"but {old[row].tobytes().hex()} was captured before: the source has changed",
@@ -121,10 +123,15 @@ class Store:
         """The digest of the manifest in force, or None where nothing is sealed yet."""
         if not self.storage.exists("CURRENT"):
             return None
-        return _hex(self.storage.read("CURRENT").decode("latin-1").removesuffix("\n"), self.root / "CURRENT")
+        text = self.storage.read("CURRENT").decode("latin-1")
+        if not text.endswith("\n"):
+            raise Corrupt(f"{self.root}/CURRENT: {text[:70]!r} is not a digest and the end of its line")
+        return _hex(text[:-1], self.root / "CURRENT")
 
     def manifest(self, digest: str) -> Manifest:
         name = f"manifests/{digest}/manifest.json"
+        if not self.storage.exists(name):
+            raise Corrupt(f"{self.root}/CURRENT names manifest {digest}, and {name} is not there", hint=_MEND)
         return records.load_hashed(Manifest, self.storage.read(name), digest, f"{self.root}/{name}")
 
     def page(self, digest: str, manifest: Manifest, i: int) -> Page:
@@ -161,6 +168,17 @@ class Store:
 _MEND = "restore the file from a copy of the cache, or capture into another directory"
 
 
+_UNIT = re.compile(r"(\w+)-v\d+-(\d+)\..+")
+
+
+def page_of(unit: str) -> tuple[str, int]:
+    """The split and the key page that a unit belongs to, from its name."""
+    match = _UNIT.fullmatch(unit)
+    if match is None:
+        raise Corrupt(f"{unit!r} is no name of a unit")
+    return match[1], int(match[2])
+
+
 def _hex(text: str, where: Path) -> str:
     if not _HEX.fullmatch(text):
         raise Corrupt(f"{where}: {text[:70]!r} is no digest")
@@ -182,7 +200,7 @@ def open_store(path: str | Path, *, create: bool = False) -> Store:
                 else "choose an empty or a new directory",
             )
     elif path.exists():
-        raise Mismatch(f"{path} is a file, expected a cache directory")
+        raise Mismatch(f"{path} is a file, expected a cache directory", hint="give a directory")
     elif not create:
         raise UsageError(f"{path}: no such directory", hint="make the cache with `ensemble-distill cache`")
     return store

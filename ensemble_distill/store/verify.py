@@ -10,7 +10,7 @@ from functools import partial
 from ensemble_distill.errors import Corrupt, Error
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.store.records import Commit
-from ensemble_distill.store.store import Store
+from ensemble_distill.store.store import Store, page_of
 
 
 @dataclass
@@ -102,4 +102,6 @@ def _commit(store: Store, sealed: Commit) -> int:
 
 
 def _unit(store: Store, unit: str) -> int:
-    return len(store.object(store.commit(unit)))
+    commit = store.commit(unit)
+    store.keys(*page_of(unit), commit.keys)
+    return len(store.object(commit))

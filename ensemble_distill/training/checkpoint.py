@@ -20,7 +20,10 @@ NAME = "checkpoint.json"
 
 
 class State(Config):
-    """Where a run stands: ``step`` optimiser steps done, ``batch`` of them in ``epoch``; and its history."""
+    """Where a run stands: ``step`` optimiser steps done, ``batch`` of them in ``epoch``; and its history.
+
+    ``best_sha256`` and ``config`` are the SHA-256 of best.safetensors (empty before there is one) and config.json.
+    """
 
     schema_version: Literal[1] = 1
     step: int
@@ -28,8 +31,10 @@ class State(Config):
     batch: int
     sums: dict[str, float]
     best: dict[str, float]
+    best_sha256: str
     history: tuple[dict[str, Any], ...]
     finished: bool
+    config: str
 
 
 class Checkpoint(Config):

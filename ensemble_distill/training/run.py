@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ensemble_distill.cache.cache import Batch, Cache
 from ensemble_distill.config import DataConfig, TrainConfig, describe, difference
 from ensemble_distill.device import Resolved, choose_precision, memory_errors, place
-from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.fingerprint import sha256
 from ensemble_distill.provenance import provenance
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
@@ -89,6 +90,7 @@ class Run:
         self.device, self.workers = device, workers
         self.storage = LocalStorage(out)
         self.best: dict[str, float] = {}
+        self.best_sha256 = ""
         self.history: list[dict[str, Any]] = []
         self._open_directory()
         self._build()
@@ -147,11 +149,15 @@ class Run:
         return torch.stack([loss.detach(), *parts.values()]).double()
 
     def _finish(self) -> None:
-        self.storage.replace("last.safetensors", _weights(self.evaluated))
-        best = "best.safetensors" if self.storage.exists("best.safetensors") else "last.safetensors"
-        weights = self.storage.read(best)
+        weights = _weights(self.evaluated)
+        self.storage.replace("last.safetensors", weights)
+        if self.best:
+            weights = self.storage.read("best.safetensors")
+            if sha256(weights) != self.best_sha256:
+                raise Corrupt(f"{self.storage.root / 'best.safetensors'} is damaged: not the weights that were saved")
         self.storage.replace("student.safetensors", weights)
         line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
+        line["student"] = sha256(weights)
         if "test" in self.sources and "test" in self.cache.plan.splits:
             final = copy.deepcopy(self.evaluated)
             final.load_state_dict(safetensors.torch.load(weights))
@@ -201,7 +207,9 @@ class Run:
         held = (self.best.get("accuracy", 0.0), -self.best.get("nll", self.best.get("kl", 0.0)))
         if not self.best or rank > held:
             self.best = better | {"epoch": self.state["epoch"] + 1}
-            self.storage.replace("best.safetensors", _weights(self.evaluated))
+            weights = _weights(self.evaluated)
+            self.best_sha256 = sha256(weights)
+            self.storage.replace("best.safetensors", weights)
 
     def _stop(self, sums: Tensor) -> None:
         self.state["sums"] = dict(zip(self.state["sums"], sums.tolist(), strict=True))
@@ -257,8 +265,12 @@ class Run:
             "cache_content": self.cache.content_digest,
         }
         root = self.storage.root
-        if not self.storage.exists("config.json"):
-            if root.is_dir() and any(not e.name.startswith(".") for e in root.iterdir()):
+        if root.exists() and not root.is_dir():
+            raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
+        # Before its first checkpoint a run has nothing to lose: another configuration may have its directory.
+        if not self.storage.exists(checkpoint.NAME):
+            names = {e.name for e in root.iterdir() if not e.name.startswith(".")} if root.is_dir() else set()
+            if names - {"config.json", "best.safetensors", "tensorboard"} - _checkpoints(names):
                 raise Mismatch(f"{root} is not empty and holds no run", hint="choose a new --out")
             self.described: dict[str, Any] = wanted | {
                 "cache": str(self.cache.path.absolute()),
@@ -266,7 +278,7 @@ class Run:
                 "provenance": provenance(),
             }
             return
-        self.described = json.loads(self.storage.read("config.json"))
+        self.described = self._read_config()
         hit = difference({name: self.described.get(name) for name in wanted}, json.loads(json.dumps(wanted)))
         if hit is not None:
             field, old, new = hit
@@ -275,14 +287,26 @@ class Run:
                 hint="choose another --out, or restore the configuration to go on with that run",
             )
 
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.storage.read("config.json"))
+        except ValueError as error:
+            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: {error}") from error
+        if not isinstance(value, dict):
+            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: no JSON object")
+        return value
+
     def _restore(self) -> None:
         if (saved := checkpoint.load(self.storage)) is None:
             return
         state, tensors = saved
+        if state.config != sha256(self.storage.read("config.json")):
+            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: not the configuration of this run")
         self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")}
         # JSON has sorted the names; the sums are a vector in the order of the objective's terms.
         self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}
         self.best, self.history = dict(state.best), [dict(line) for line in state.history]
+        self.best_sha256 = state.best_sha256
         for prefix, module in self._modules().items():
             part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             module.load_state_dict(part)
@@ -300,7 +324,10 @@ class Run:
         tensors |= checkpoint.optimizer_tensors(self.optimizer) | {"random/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        state = State(**self.state, best=self.best, history=tuple(self.history))
+        config = sha256(self.storage.read("config.json"))
+        state = State(
+            **self.state, best=self.best, best_sha256=self.best_sha256, history=tuple(self.history), config=config
+        )
         checkpoint.save(self.storage, state, tensors)
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         self.storage.replace("metrics.jsonl", lines.encode())
@@ -321,6 +348,10 @@ def _waited(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
         if batch is None:
             return
         yield batch
+
+
+def _checkpoints(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith("checkpoint-") and name.endswith(".safetensors")}
 
 
 def _weights(model: nn.Module) -> bytes:
