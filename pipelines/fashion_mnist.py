@@ -1,4 +1,4 @@
-"""Fashion-MNIST: four residual teachers of up to 0.4 M parameters, a student of 30 thousand.
+"""Fashion-MNIST: four residual teachers of up to 0.4 M parameters, students of 32 thousand.
 
 ensemble-distill cache pipelines/fashion_mnist.py --out caches/fmnist
 ensemble-distill train pipelines/fashion_mnist.py --cache caches/fmnist --out runs/distilled
@@ -10,6 +10,7 @@ from pathlib import Path
 import ensemble_distill as ed
 from parts.fashion_mnist import CLASSES, split
 from parts.resnet import ResNet
+from parts.separable import SeparableNet
 
 TEACHERS = Path(__file__).parents[1] / "data" / "teachers"
 WIDTHS = {"a": (32, 64, 128), "b": (32, 64, 128), "c": (32, 64, 128), "d": (24, 64, 160)}
@@ -33,7 +34,7 @@ def cache() -> ed.CacheConfig:
 
 
 def student() -> ResNet:
-    return ResNet((12, 24, 40), classes=10)
+    return ResNet((16, 24, 32), classes=10, first_stride=2)
 
 
 def train() -> ed.TrainConfig:
@@ -43,7 +44,7 @@ def train() -> ed.TrainConfig:
             "soft": ed.SoftTargets(weight=0.7, temperature=4),
             "hard": ed.HardLabels(weight=0.3),
         },
-        epochs=12,
+        epochs=16,
         optimizer=ed.OptimizerConfig(kind="adamw", lr=3e-3, weight_decay=0.05),
     )
 
@@ -51,3 +52,23 @@ def train() -> ed.TrainConfig:
 def alone() -> ed.TrainConfig:
     """The same student from the same initialisation, in the same order and views, from labels only."""
     return train().model_copy(update={"objective": {"hard": ed.HardLabels()}})
+
+
+def cool() -> ed.TrainConfig:
+    """The same student at temperature 1, from the ensemble alone."""
+    return train().model_copy(update={"objective": {"soft": ed.SoftTargets()}})
+
+
+def hint() -> ed.TrainConfig:
+    """The same student, whose pooled feature is also pulled towards member a's."""
+    feature = ed.FeatureMatch(tap="tap/a.pool", module="pool", distance="cosine", weight=0.5)
+    return train().model_copy(update={"objective": train().objective | {"feature": feature}})
+
+
+def separable() -> ed.TrainConfig:
+    """Another architecture of the same size."""
+
+    def build() -> SeparableNet:
+        return SeparableNet(16, ((48, 2), (48, 1), (96, 2), (96, 1), (96, 1)), classes=10)
+
+    return train().model_copy(update={"student": build})

@@ -26,6 +26,7 @@ STUDENTS = {
     "alone": ("student alone", 3),
     "train": ("student distilled", 3),
     "cool": ("student distilled, T = 1", 1),
+    "hint": ("student distilled, with a feature of member a", 1),
     "separable": ("other architecture, distilled", 1),
 }
 
