@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 import fashion_mnist
-from ensemble_distill.cache.cache import open_cache, render_inputs
+from ensemble_distill.cache.cache import open_cache
 from ensemble_distill.device import devices
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.losses import hard_labels, soft_targets
@@ -103,7 +103,6 @@ def live_against_cached(
             index = order[i : i + config.batch_size]
             loaded = source.load(index)
             inputs = {name: torch.from_numpy(x) for name, x in loaded.inputs.items()}
-            inputs = render_inputs(inputs, loaded.keys, cache.plan, "train", 0)
             yield inputs, Targets(ensemble(inputs).logprobs.clone()), torch.from_numpy(source.labels[index])
 
     def cached_targets() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:

@@ -57,7 +57,8 @@ Transform = Annotated[Flip | Crop | Erase, Field(discriminator="kind")]
 class ViewsConfig(Config):
     """Deterministic views of each training sample: pure functions of (seed, key, view number).
 
-    The transforms act on the source's input named ``input``, images [B, C, H, W].
+    View 0 is the sample as it is; the transforms draw the others. They act on the source's input named
+    ``input``, images [B, C, H, W].
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -66,7 +67,7 @@ class ViewsConfig(Config):
 
 
 class DataConfig(Config):
-    """Sources by split (``train`` is shown in views; the others as they are) and what they mean."""
+    """Sources by split (``train`` is shown in views; the others in view 0) and what they mean."""
 
     sources: dict[Name, Any]
     classes: tuple[str, ...] = Field(min_length=2)

@@ -172,7 +172,7 @@ class Cache:
         rows = self.table(split).rows(loaded.keys, index)
         targets = self.targets_at(rows, view, split=split, taps=taps)
         inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
-        inputs = render_inputs(inputs, loaded.keys, self.plan, split, view)
+        inputs = render_inputs(inputs, loaded.keys, self.plan, view)
         labels = None if source.labels is None else torch.from_numpy(source.labels[index])
         return Batch(inputs, labels, targets, loaded.keys, index, view)
 
@@ -205,10 +205,10 @@ def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: st
     return Cache(store, digest, memory or _quarter_of_memory())
 
 
-def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, split: str, view: int) -> dict[str, Tensor]:
-    """A batch as the teachers and the student see it: ``train`` in its view, other splits as they are."""
+def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, view: int) -> dict[str, Tensor]:
+    """A batch as the teachers and the student see it: view 0 is the sample as it is, the others are drawn."""
     views = plan.reading.views
-    if split != "train" or not views.transforms:
+    if view == 0:
         return inputs
     if views.input not in inputs:
         raise UsageError(f"views act on the input {views.input!r}{suggestion(views.input, inputs)}")

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     "--out", required=True, metavar="DIR", help="Directory of the cache; the same one goes on where it stopped."
 )
 @click.option("--format", type=click.Choice(["hdf5", "parquet"]), help="Format of the shards.  [default: hdf5]")
-@click.option("--views", type=click.IntRange(1), metavar="N", help="Views of each training sample.")
+@click.option(
+    "--views", type=click.IntRange(1), metavar="N", help="Views of each training sample; the first is as it is."
+)
 @settings
 @common
 def command(

@@ -142,7 +142,7 @@ class Recorder:
         source = self.sources[item.split]
         loaded = source.load(index)
         inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
-        inputs = render_inputs(inputs, loaded.keys, self.plan, item.split, item.view)
+        inputs = render_inputs(inputs, loaded.keys, self.plan, item.view)
         labels = None if source.labels is None else torch.from_numpy(source.labels[index])
         return _Piece(item, int(index[0]), inputs, labels, loaded.keys, last)
 
