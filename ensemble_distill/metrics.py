@@ -50,7 +50,8 @@ class Tally:
         self.labelled += len(labels_B)
         self.correct += right.sum(1).double().cpu()
         index = labels_B.expand(len(stacked), -1)[:, :, None]
-        self.nll -= stacked.gather(2, index).double().sum((1, 2)).cpu()
+        # A label of probability zero counts as float16's lowest log-probability, not as infinity.
+        self.nll -= stacked.gather(2, index).double().clamp(min=-65504).sum((1, 2)).cpu()
         self.bins += torch.stack([_bins(p, r) for p, r in zip(stacked, right, strict=True)]).cpu()
 
     def report(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,3 +24,16 @@ def prefetch(tasks: Iterable[Callable[[], T]], workers: int = 1) -> Iterator[T]:
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def timed(items: Iterator[T], waited: Callable[[float], None]) -> Iterator[T]:
+    """The same items; ``waited`` is told the seconds that each took to come."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            waited(time.perf_counter() - start)
+        yield item

@@ -92,7 +92,7 @@ def test_nan_names_member_and_row() -> None:
     ensemble.modules[1].register_forward_hook(lambda m, a, out: out.index_fill(0, torch.tensor([3]), torch.nan))
     with pytest.raises(InvalidRow) as error:
         ensemble({"x": torch.randn(5, 4)})
-    assert error.value.member == "bad" and error.value.row == 3
+    assert error.value.member == "member 'bad'" and error.value.row == 3
 
 
 def test_wrong_shape_is_refused() -> None:

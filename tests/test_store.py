@@ -108,6 +108,13 @@ def test_other_peoples_tools_read_the_shards(tmp_path: Path) -> None:
     assert column.type.byte_width == 12
 
 
+def test_parquet_units_beyond_the_writers_usual_page_have_one_page_too() -> None:
+    table = np.zeros(20_001, [("x", "<f2", (2,))])
+    table["x"][-1] = 1
+    data, segments = encode("parquet", table)
+    assert read_segments(np.frombuffer(data, np.uint8), 20_001, table.dtype, segments).tobytes() == table.tobytes()
+
+
 @pytest.mark.parametrize("format", ["hdf5", "parquet"])
 def test_a_golden_shard_of_an_earlier_release_is_still_read(format: str) -> None:
     """The file was written by release 0.1.0; the test fails if what is read from it changes."""
@@ -133,7 +140,9 @@ def test_logical_content_is_the_same_in_both_formats_and_follows_every_bit() -> 
 
 def a_commit() -> Commit:
     segment = Segment(fields=("x",), offset=3, stride=2)
-    return Commit(unit="u", object="o.h5", size=9, rows=3, segments=(segment,), blocks=("b",), content="c", keys="k")
+    return Commit(
+        plan="p", unit="u", object="o.h5", size=9, rows=3, segments=(segment,), blocks=("b",), content="c", keys="k"
+    )
 
 
 def test_any_flipped_bit_of_a_sealed_record_is_found() -> None:
@@ -227,7 +236,7 @@ def test_errors_of_the_disk_are_one_sentence_and_leave_nothing(tmp_path: Path, m
 
 
 def put(store: Store, unit: str = "u-0", rows: int = 40, format: str = "hdf5") -> Commit:
-    return store.put_unit(unit, some_records(rows), format, "0" * 64, None, {})
+    return store.put_unit("p", unit, some_records(rows), format, "0" * 64, None, {})
 
 
 def test_the_first_commit_wins(tmp_path: Path) -> None:

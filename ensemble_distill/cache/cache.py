@@ -128,7 +128,8 @@ class Cache:
         view = epoch % self.plan.splits[split].views if split in self.plan.splits else 0
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
         order = permutation(len(source), seed, epoch) if shuffle else np.arange(len(source))
-        batches = [order[i : i + batch_size] for i in range(start * batch_size, len(order), batch_size)]
+        # Of nearly equal size: a last batch of one row would be no batch to a batch norm.
+        batches = np.array_split(order, max(1, -(-len(order) // batch_size)))[start:]
         return prefetch((partial(self._batch, source, index, split, view, tuple(taps)) for index in batches), workers)
 
     def check(self, data: DataConfig) -> None:
@@ -168,13 +169,10 @@ class Cache:
         return np.concatenate(own) if own else np.empty(0, bool)
 
     def _batch(self, source: Source, index: np.ndarray, split: str, view: int, taps: tuple[str, ...]) -> Batch:
-        loaded = source.load(index)
-        rows = self.table(split).rows(loaded.keys, index)
+        inputs, labels, keys = read(source, index)
+        rows = self.table(split).rows(keys, index)
         targets = self.targets_at(rows, view, split=split, taps=taps)
-        inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
-        inputs = render_inputs(inputs, loaded.keys, self.plan, view)
-        labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-        return Batch(inputs, labels, targets, loaded.keys, index, view)
+        return Batch(render_inputs(inputs, keys, self.plan, view), labels, targets, keys, index, view)
 
     def _decode(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, Tensor]:
         records = self._rows.gather(group, split, view, rows)
@@ -203,6 +201,14 @@ def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: st
             hint="this is not the cache that you pinned: look at it with `ensemble-distill inspect`",
         )
     return Cache(store, digest, memory or _quarter_of_memory())
+
+
+def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:
+    """Inputs by name [B, ...], labels int64 [B] or None, and keys uint8 [B, 16] of the samples at ``index``."""
+    loaded = source.load(index)
+    inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
+    labels = None if source.labels is None else torch.from_numpy(source.labels[index])
+    return inputs, labels, loaded.keys
 
 
 def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, view: int) -> dict[str, Tensor]:

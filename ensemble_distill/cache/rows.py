@@ -36,7 +36,7 @@ class Rows:
         """The records (structured [B]) of these rows (int64 [B])."""
         stride = group.dtype.itemsize
         spec = self._plan.splits[split]
-        if spec.rows * stride <= self._memory:
+        if spec.rows * self._plan.bytes_per_row <= self._memory:
             table = self._keep((group.name, split, str(view)), partial(self._read_view, group, split, view))
             return np.take(table, rows, axis=0).view(group.dtype).reshape(-1)
         result = np.empty((len(rows), stride), np.uint8)

@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Run the teachers of PIPELINE once and write what they said into a cache.
 
-    Stopped anywhere, the same command goes on and ends with the same content.
+    Stopped anywhere, the same command goes on and (on a CPU) ends with the same content.
 
     \b
     Example:

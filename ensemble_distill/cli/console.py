@@ -67,7 +67,10 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
 
 @contextmanager
 def stoppable() -> Iterator[Any]:
-    """Gives ``stop()``: whether SIGINT or SIGTERM came. A second SIGINT stops at once; nothing is lost either way."""
+    """Gives ``stop()``: whether SIGINT or SIGTERM came. A second SIGINT stops at once.
+
+    Nothing that was committed or saved is lost either way.
+    """
     state = {"stop": False}
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -45,17 +45,23 @@ def command(
     from ensemble_distill.config import suggestion
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
-    from ensemble_distill.evaluation.evaluate import evaluate, load_student, run_cache
+    from ensemble_distill.evaluation.evaluate import check_same_cache, evaluate, load_student, run_cache
 
     console = ui.Console(quiet)
     loaded = Pipeline(pipeline)
     on = devices(device)[0]
     model = load_student(loaded.train(), run_path, on)
-    splits = sources(loaded.data(), limit)
+    data = loaded.data()
+    splits = sources(data, limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
     path = Path(cache_path) if cache_path else run_cache(run_path)
     cache = open_cache(path) if path else None
+    if cache is not None:
+        cache.check(data)
+        cache.check_labels(splits[split], split)
+        if cache_path is None:
+            check_same_cache(run_path, cache)
     result = evaluate(model, splits[split], cache, split, on, batch_size=batch_size or 512, workers=workers)
     if as_json:
         click.echo(json.dumps(result, indent=1))

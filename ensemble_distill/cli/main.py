@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 
@@ -72,6 +73,7 @@ def cli() -> None:
 def main() -> None:
     """The entry point: one sentence and the documented exit code for whatever goes wrong."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where no command says otherwise
     try:
         code = cli.main(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False) or 0
     except click.exceptions.Exit as stop:
@@ -105,7 +107,7 @@ def _explain(error: Exception) -> int:
             "run the same command again; what is committed is safe",
         )
         return 6
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
         _say("error: out of memory", "try a smaller --batch-size")
         return 8
     from ensemble_distill.cli.pipeline import failed, user_line

@@ -63,7 +63,10 @@ class Pipeline:
             raise failed(error) from error
         if not isinstance(result, kind):
             raise UsageError(f"{self.path}: {name}() gave a {type(result).__name__}, expected a {kind.__name__}")
-        return result
+        try:
+            return kind(**vars(result))  # model_copy(update=...) checks nothing
+        except ValidationError as error:
+            raise UsageError(f"{self.path}: {name}(): {explain(error, kind)}") from error
 
 
 def sources(data: DataConfig, limit: int | None) -> Mapping[str, Source]:

@@ -68,7 +68,7 @@ def command(
     events = Events(out) if tensorboard else None
     with ui.stoppable() as stop:
         if verify_source:
-            for split in splits:
+            for split in (name for name in splits if name in cache.plan.splits):
                 own = cache.verify_source(splits[split], split)
                 console.say(f"{split}: {len(own):,} samples proved by key, {own.sum():,} at their own row")
         run = Run(data, config, splits, cache, out, devices(device)[0], workers=workers)

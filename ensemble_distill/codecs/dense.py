@@ -13,7 +13,7 @@ from ensemble_distill.config import Config
 class Dense(Config):
     """float16 log-probabilities, C values a row, 2C bytes.
 
-    A stored value is off by at most 2^-11 of its size (a log-probability of −8 by .004 nats); the decoded
+    A stored value is off by at most 2^-11 of its size or 3e-8 (a log-probability of −8 by .004 nats); the decoded
     row sums to one exactly, since it is normalised again. Logs and not probabilities: float16
     probabilities underflow to 0 below 6e-8, which makes a KL infinite.
     """

@@ -30,10 +30,10 @@ class Outputs:
 
 
 class InvalidRow(InvalidOutput):
-    """A member's output is no distribution; ``row`` is its place in the batch."""
+    """An output is no distribution; ``row`` is its place in the batch."""
 
     def __init__(self, member: str, row: int, what: str) -> None:
-        super().__init__(f"member {member!r} gave {what}")
+        super().__init__(f"{member} gave {what}")
         self.member, self.row = member, row
 
 
@@ -78,10 +78,11 @@ class Ensemble:
         tempered = [z.to(first) / member.temperature for z, member in zip(logits, self.config.members, strict=True)]
         members = [torch.log_softmax(z, dim=1) for z in tempered]
         for name, logprobs in zip(self.names, members, strict=True):
-            _check(name, logprobs)
+            _check(f"member {name!r}", logprobs)
         combined = combine(tempered, [m.share for m in self.config.members], self.config.combine)
         if self.config.temperature != 1:
             combined = torch.log_softmax(combined / self.config.temperature, dim=1)
+        _check("the ensemble", combined)
         return Outputs(combined, members, {name: f.to(first) for name, f in features.items()})
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ensemble_distill.cache.cache import Cache
+from ensemble_distill.cache.cache import Cache, read
 from ensemble_distill.config import TrainConfig
 from ensemble_distill.device import place, upload
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
@@ -70,7 +70,7 @@ def evaluate(
         scores = score(model, batches, device)
     else:
         scores = score(model, _plain(source, batch_size), device)
-    example = {name: torch.from_numpy(x) for name, x in source.load(np.arange(min(64, len(source)))).inputs.items()}
+    example = read(source, np.arange(min(64, len(source))))[0]
     return {
         "split": split,
         "rows": len(source),
@@ -97,18 +97,32 @@ def latency(model: nn.Module, example: Mapping[str, Tensor], batch: int, device:
 def _plain(source: Source, batch_size: int) -> Iterator[_Plain]:
     for first in range(0, len(source), batch_size):
         index = np.arange(first, min(len(source), first + batch_size))
-        inputs = {name: torch.from_numpy(x) for name, x in source.load(index).inputs.items()}
-        labels = None if source.labels is None else torch.from_numpy(source.labels[index])
+        inputs, labels, _ = read(source, index)
         yield _Plain(inputs, labels, None)
 
 
 def run_cache(run: str | Path) -> Path | None:
     """The cache that a run was trained from, if its directory is still there."""
+    path = Path(_config(run)["cache"])
+    return path if path.is_dir() else None
+
+
+def check_same_cache(run: str | Path, cache: Cache) -> None:
+    """Refuse a cache that has taken the place of the one that the run was trained from (Mismatch)."""
+    expected = _config(run)["cache_content"]
+    if cache.content_digest != expected:
+        raise Mismatch(
+            f"{cache.path} has content digest {cache.content_digest}, {run} was trained from {expected}",
+            hint="name the cache to compare with: --cache DIR",
+        )
+
+
+def _config(run: str | Path) -> dict[str, Any]:
     try:
-        path = Path(json.loads((Path(run) / "config.json").read_bytes())["cache"])
+        value = json.loads((Path(run) / "config.json").read_bytes())
+        return {name: value[name] for name in ("cache", "cache_content")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
-    return path if path.is_dir() else None
 
 
 def _student_digest(run: Path) -> str | None:

@@ -36,6 +36,7 @@ def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
         sink,
         row_group_size=rows,
         data_page_size=1 << 30,
+        max_rows_per_page=rows,
         compression="none",
         use_dictionary=False,
         write_statistics=False,

@@ -14,17 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import TARGETS, render_inputs
+from ensemble_distill.cache.cache import TARGETS, read, render_inputs
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
-from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, StorageError
+from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, StorageError
 from ensemble_distill.fingerprint import json_digest, sha256
 from ensemble_distill.metrics import Tally
-from ensemble_distill.prefetch import prefetch
+from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest, Page, dump
@@ -49,6 +48,9 @@ class Progress:
     @property
     def rows_per_second(self) -> float:
         return self.rows / max(1e-9, self.seconds_so_far)
+
+    def waited(self, seconds: float) -> None:
+        self.seconds["source"] += seconds
 
     @property
     def waiting_for(self) -> str:
@@ -76,6 +78,7 @@ class Recorder:
         self.provenance = provenance() | {"device": ",".join(map(str, dict.fromkeys(ensemble.devices)))}
         self.progress = Progress(units=0, units_total=plan.units)
         self._done: set[str] = set()
+        self._digest = ""
 
     def run(
         self,
@@ -87,7 +90,12 @@ class Recorder:
         self._done = self.store.committed()
         todo = [i for i in self.plan.items() if any(i.unit(g) not in self._done for g in self.plan.groups)]
         self._check_space(todo)
-        self.store.put_plan(self.plan)
+        self._digest = self.store.put_plan(self.plan)
+        if self.store.plans() != [self._digest]:
+            raise Mismatch(
+                f"{self.store.root}: another capture with another plan began here at the same time",
+                hint="choose another --out",
+            )
         self.progress = progress = Progress(units=len(self._done), units_total=self.plan.units)
         report(progress)
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
@@ -107,7 +115,7 @@ class Recorder:
         opened: _OpenItem | None = None
         pieces = prefetch(self._pieces(todo), workers)
         try:
-            for piece in _timed(pieces, progress, "source"):
+            for piece in timed(pieces, progress.waited):
                 if stop():
                     raise Interrupted("")
                 opened = opened or _OpenItem(piece.item, self.plan, self.ensemble.names)
@@ -139,12 +147,8 @@ class Recorder:
                 yield partial(self._read, item, part, i == count - 1)
 
     def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
-        source = self.sources[item.split]
-        loaded = source.load(index)
-        inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
-        inputs = render_inputs(inputs, loaded.keys, self.plan, item.view)
-        labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-        return _Piece(item, int(index[0]), inputs, labels, loaded.keys, last)
+        inputs, labels, keys = read(self.sources[item.split], index)
+        return _Piece(item, int(index[0]), render_inputs(inputs, keys, self.plan, item.view), labels, keys, last)
 
     def _forward(self, piece: _Piece) -> Outputs:
         try:
@@ -155,7 +159,7 @@ class Recorder:
                 f"(view {piece.item.view}, key {piece.keys[error.row].tobytes().hex()}, "
                 f"batch of rows {piece.first}–{piece.first + len(piece.keys) - 1}); "
                 f"nothing of its unit is committed",
-                hint=f"look at what {error.member!r} does with this sample, or use --set precision=fp32",
+                hint=f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
     def _commit(self, opened: _OpenItem) -> list[Commit]:
@@ -165,7 +169,9 @@ class Recorder:
         for group in self.plan.groups:
             statistics = opened.tally.state() if group.name == TARGETS else None
             records, unit = opened.records[group.name], item.unit(group)
-            commits.append(self.store.put_unit(unit, records, self.plan.format, keys, statistics, self.provenance))
+            commits.append(
+                self.store.put_unit(self._digest, unit, records, self.plan.format, keys, statistics, self.provenance)
+            )
         return commits
 
     def _finish(self, pending: Future[list[Commit]] | None, progress: Progress) -> None:
@@ -216,9 +222,12 @@ def seal(plan: Plan, store: Store) -> str:
     """Write the manifest of a complete store and put it in force; its digest."""
     units = [(item, group) for item in plan.items() for group in plan.groups]
     commits = [store.commit(item.unit(group)) for item, group in units]
+    plan_digest = store.put_plan(plan)
     keys: dict[str, dict[int, str]] = {}
     tallies: dict[str, Tally] = {}
     for (item, _), commit in zip(units, commits, strict=True):
+        if commit.plan != plan_digest:
+            raise Corrupt(f"{store.root}: unit {commit.unit} was captured under another plan")
         held = keys.setdefault(item.split, {}).setdefault(item.page, commit.keys)
         if held != commit.keys:
             raise Corrupt(f"{store.root}: unit {commit.unit} belongs to other samples than the units beside it")
@@ -230,7 +239,7 @@ def seal(plan: Plan, store: Store) -> str:
             store.keys(split, page, digest)  # a damaged page must not be sealed
     pages = [Page(commits=tuple(commits[i : i + PAGE_UNITS])) for i in range(0, len(commits), PAGE_UNITS)]
     manifest = Manifest(
-        plan=store.put_plan(plan),
+        plan=plan_digest,
         pages=tuple(sha256(dump(page)) for page in pages),
         keys={split: tuple(digest for _, digest in sorted(held.items())) for split, held in keys.items()},
         content_digest=content_digest(plan, commits, keys),
@@ -267,13 +276,3 @@ def _summary(parts: list[dict[str, object]]) -> dict[str, object]:
             if name != "time" and value not in rest.setdefault(name, []):
                 rest[name].append(value)
     return {**rest, "time": [times[0], times[-1]]}
-
-
-def _timed(pieces: Iterator[_Piece], progress: Progress, name: str) -> Iterator[_Piece]:
-    while True:
-        start = time.perf_counter()
-        piece = next(pieces, None)
-        progress.seconds[name] += time.perf_counter() - start
-        if piece is None:
-            return
-        yield piece

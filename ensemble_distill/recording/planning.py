@@ -39,6 +39,11 @@ def prepare(
     members = [load_member(member) for member in config.members]
     ensemble = Ensemble(members, config, len(data.classes), devices)
     held = existing_plan(store)
+    if held is not None and not store.committed():
+        # Nothing was captured under it: another batch size or precision may be tried in the same place.
+        for digest in store.plans():
+            store.drop_plan(digest)
+        held = None
     reading = Reading(
         classes=data.classes,
         heads={"main": len(data.classes)},

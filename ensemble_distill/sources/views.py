@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.config import Crop, Erase, Flip, Transform, ViewsConfig
+from ensemble_distill.errors import UsageError
 from ensemble_distill.philox import philox
 
 
@@ -33,6 +34,8 @@ def render(images: Tensor, keys: np.ndarray, config: ViewsConfig, view: int) -> 
     """View number ``view`` of a batch of images [B, C, H, W]; same dtype, on the images' device."""
     if not config.transforms:
         return images
+    if images.ndim != 4:
+        raise UsageError(f"views need images [B, C, H, W], the input {config.input!r} is {list(images.shape)}")
     slots = [_SLOTS[type(t)] for t in config.transforms]
     draws = torch.from_numpy(draw(keys, config.seed, view, sum(slots)))
     for transform, u in zip(config.transforms, torch.split(draws, slots, dim=1), strict=True):
@@ -61,6 +64,8 @@ def _crop(images: Tensor, u: Tensor, padding: int, size: int | None) -> Tensor:
     padded = torch.nn.functional.pad(images, [padding] * 4)
     batch, channels, height, width = padded.shape
     out_h, out_w = (size, size) if size else images.shape[2:]
+    if out_h > height or out_w > width:
+        raise UsageError(f"Crop(size={size}) is larger than the padded image, {height} × {width}")
     span = torch.tensor([height - out_h + 1, width - out_w + 1])
     corner = (u * span).long()
     rows = (corner[:, :1] + torch.arange(out_h)).to(images.device)

@@ -55,6 +55,12 @@ class LocalStorage:
         except OSError as error:
             raise storage_error(path, error) from error
 
+    def remove(self, name: str) -> None:
+        """Delete ``name`` if it is there. Durable on return."""
+        path = self._path(name)
+        path.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
 

@@ -26,6 +26,7 @@ class Commit(Config):
     hashes the slice of the key table that the rows belong to.
     """
 
+    plan: str
     unit: str
     object: str
     size: int

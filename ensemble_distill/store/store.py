@@ -63,6 +63,7 @@ class Store:
 
     def put_unit(
         self,
+        plan: str,
         unit: str,
         rows: np.ndarray,
         format: str,
@@ -74,6 +75,7 @@ class Store:
         data, segments = encode(format, rows)
         blocks = records.block_hashes(data)
         commit = Commit(
+            plan=plan,
             unit=unit,
             object=records.root_hash(blocks) + SUFFIX[format],
             size=len(data),
@@ -98,6 +100,10 @@ class Store:
         self.storage.create(f"manifests/{digest}/manifest.json", data)
         self.storage.replace("CURRENT", f"{digest}\n".encode())
         return digest
+
+    def drop_plan(self, digest: str) -> None:
+        """Forget a plan under which nothing was committed."""
+        self.storage.remove(f"plans/{digest}.json")
 
     # Reading ----------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class State(Config):
     epoch: int
     batch: int
     sums: dict[str, float]
-    best: dict[str, float]
+    best: dict[str, int | float]
     best_sha256: str
     history: tuple[dict[str, Any], ...]
     finished: bool
@@ -45,7 +45,7 @@ class Checkpoint(Config):
 
 def save(storage: LocalStorage, state: State, tensors: Mapping[str, Tensor]) -> None:
     """Durable on return: the tensors first, then the record that names them, then the old ones go."""
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    data = to_bytes(tensors)
     name = f"checkpoint-{state.step:09d}.safetensors"
     storage.replace(name, data)
     storage.replace(NAME, records.seal(Checkpoint(state=state, tensors=name, sha256=sha256(data))))
@@ -53,6 +53,13 @@ def save(storage: LocalStorage, state: State, tensors: Mapping[str, Tensor]) -> 
         if path.name != name:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file; each tensor is copied, since tied weights share memory and the format allows none."""
+    return safetensors.torch.save(
+        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    )
 
 
 def load(storage: LocalStorage) -> tuple[State, dict[str, Tensor]] | None:
@@ -86,3 +93,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             _, i, field = name.split("/")
             held.setdefault(int(i), {})[field] = value
     optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for field, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # In the parameter's own memory format, or the arithmetic takes another path to other last bits.
+                state[field] = torch.empty_like(parameter).copy_(value)

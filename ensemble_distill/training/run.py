@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from ensemble_distill.config import DataConfig, TrainConfig, describe, differenc
 from ensemble_distill.device import Resolved, choose_precision, memory_errors, place
 from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.prefetch import timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
@@ -37,6 +40,7 @@ from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
 
 EVALUATION_BATCH = 512
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,6 +63,9 @@ class Clock:
 
     start: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.waited += seconds
 
     def report(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.start
@@ -84,14 +91,18 @@ class Run:
         for split, source in sources.items():
             if split in cache.plan.splits:
                 cache.check_labels(source, split)
+        for split in ("held_out", "test"):
+            if split in sources and split not in cache.plan.splits:
+                log.warning("%s holds no split %r: it is left out of the scores", cache.path, split)
         if "train" not in sources:
             raise UsageError("data() has no source named 'train'")
         self.data, self.config, self.sources, self.cache = data, config, sources, cache
         self.device, self.workers = device, workers
         self.storage = LocalStorage(out)
-        self.best: dict[str, float] = {}
+        self.best: dict[str, int | float] = {}
         self.best_sha256 = ""
         self.history: list[dict[str, Any]] = []
+        self._build_student()
         self._open_directory()
         self._build()
         self._restore()
@@ -113,7 +124,7 @@ class Run:
         epoch, clock = self.state["epoch"], Clock()
         sums = torch.tensor(list(self.state["sums"].values()), dtype=torch.float64, device=self.device)
         self.student.train()
-        for batch in _waited(self._batches("train", epoch, self.state["batch"]), clock):
+        for batch in timed(self._batches("train", epoch, self.state["batch"]), clock.wait):
             with memory_errors(self.config.batch_size):
                 sums += self._step(batch) * len(batch.index)
             self.state["step"] += 1
@@ -123,11 +134,10 @@ class Run:
                 self._stop(sums)
         losses = self._losses(sums)
         line = {"epoch": epoch + 1, "step": self.state["step"], "train": losses}
-        evaluated = self.evaluated
         if "held_out" in self.sources and "held_out" in self.cache.plan.splits:
-            line["held_out"] = score(evaluated, self._batches("held_out"), self.device, self.precision)
+            line["held_out"] = self._score(self.evaluated, "held_out")
             self._keep_best(line["held_out"])
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        line["lr"] = self._rate(self.state["step"] - 1)
         self.history.append(line | {"timing": clock.report()})
         self.state |= {"epoch": epoch + 1, "batch": 0, "sums": dict.fromkeys(self.state["sums"], 0.0)}
         self._save()
@@ -135,9 +145,8 @@ class Run:
 
     def _step(self, batch: Batch) -> Tensor:
         """One optimiser step; the loss and its terms, float64 [1 + terms], left on the device."""
-        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.state["step"], self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate(self.state["step"])
         loss, parts = self.objective(self.student, batch, self.device, self.precision)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -161,7 +170,7 @@ class Run:
         if "test" in self.sources and "test" in self.cache.plan.splits:
             final = copy.deepcopy(self.evaluated)
             final.load_state_dict(safetensors.torch.load(weights))
-            line["test"] = score(final, self._batches("test"), self.device, self.precision)
+            line["test"] = self._score(final, "test")
         self.history.append(line)
         self.state["finished"] = True
         self._save()
@@ -187,18 +196,27 @@ class Run:
             workers=self.workers,
         )
 
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.steps)
+
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.student.parameters(), *self.objective.adapters.parameters()]
 
     def _losses(self, sums: Tensor) -> dict[str, float]:
         rows = len(self.sources["train"])
         losses = {n: v / rows for n, v in zip(self.state["sums"], sums.tolist(), strict=True)}
-        if not all(map(_finite, losses.values())):
+        return self._finite("the training loss", losses)
+
+    def _score(self, model: nn.Module, split: str) -> dict[str, float]:
+        return self._finite(f"a score on {split}", score(model, self._batches(split), self.device, self.precision))
+
+    def _finite(self, what: str, values: dict[str, float]) -> dict[str, float]:
+        if not all(map(math.isfinite, values.values())):
             raise InvalidOutput(
-                f"the loss is not finite after epoch {self.state['epoch'] + 1}: {losses}",
-                hint="lower optimizer.lr, set clip=1.0 or precision=fp32",
+                f"{what} is not finite in epoch {self.state['epoch'] + 1}: {values}",
+                hint="lower optimizer.lr, set clip=1.0 or precision=fp32; the last checkpoint is safe",
             )
-        return losses
+        return values
 
     def _keep_best(self, scores: Mapping[str, float]) -> None:
         """Best by held-out accuracy, then NLL; without labels by KL to the ensemble."""
@@ -212,6 +230,7 @@ class Run:
             self.storage.replace("best.safetensors", weights)
 
     def _stop(self, sums: Tensor) -> None:
+        self._losses(sums)
         self.state["sums"] = dict(zip(self.state["sums"], sums.tolist(), strict=True))
         self._save()
         raise Interrupted(
@@ -222,12 +241,14 @@ class Run:
 
     # Building and resuming --------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build_student(self) -> None:
         torch.manual_seed(self.config.seed)
         student = self.config.student()
         if not isinstance(student, nn.Module):
             raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
         self.student = place(student, self.device)
+
+    def _build(self) -> None:
         has_labels = self.sources["train"].labels is not None
         self.objective = Objective(self.config.objective, self.student, self.cache, has_labels)
         first = next(iter(self._batches("train")))  # also proves the first batch's keys before step 1
@@ -261,6 +282,7 @@ class Run:
         wanted = {
             "data": describe(self.data),
             "train": describe(self.config),
+            "student": sha256(repr(self.student).encode()),
             "rows": {name: len(source) for name, source in sorted(self.sources.items())},
             "cache_content": self.cache.content_digest,
         }
@@ -307,6 +329,7 @@ class Run:
         self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}
         self.best, self.history = dict(state.best), [dict(line) for line in state.history]
         self.best_sha256 = state.best_sha256
+        self._write_metrics()  # a kill may have come between a checkpoint and its line
         for prefix, module in self._modules().items():
             part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             module.load_state_dict(part)
@@ -329,6 +352,9 @@ class Run:
             **self.state, best=self.best, best_sha256=self.best_sha256, history=tuple(self.history), config=config
         )
         checkpoint.save(self.storage, state, tensors)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         self.storage.replace("metrics.jsonl", lines.encode())
 
@@ -340,23 +366,9 @@ class Run:
         self.storage.replace(name, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _waited(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        clock.waited += time.perf_counter() - start
-        if batch is None:
-            return
-        yield batch
-
-
 def _checkpoints(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("checkpoint-") and name.endswith(".safetensors")}
 
 
 def _weights(model: nn.Module) -> bytes:
-    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()})
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+    return checkpoint.to_bytes(model.state_dict())

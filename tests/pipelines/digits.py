@@ -77,7 +77,9 @@ def train():
 def other():
     """Another architecture at another temperature, with dropout and plain SGD."""
     return ed.TrainConfig(
-        student=lambda: nn.Sequential(nn.Flatten(), Scale(), nn.Linear(64, 12), nn.Dropout(0.1), nn.Linear(12, 10)),
+        student=lambda: nn.Sequential(
+            Scale(), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 10)
+        ),
         objective={"soft": ed.SoftTargets(temperature=4)},
         epochs=2,
         batch_size=100,
