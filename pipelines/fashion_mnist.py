@@ -44,7 +44,7 @@ def train() -> ed.TrainConfig:
             "soft": ed.SoftTargets(weight=0.7, temperature=4),
             "hard": ed.HardLabels(weight=0.3),
         },
-        epochs=16,
+        epochs=13,
         optimizer=ed.OptimizerConfig(kind="adamw", lr=3e-3, weight_decay=0.05),
     )
 

@@ -97,7 +97,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             r["name"], f"{r['params']:,}", f"{r['accuracy']:.2%}", f"{r['nll']:.4f}", f"{r['ece']:.4f}",
             f"{r['agreement']:.2%}", f"{r['latency_ms_1']:.2f}", f"{r['latency_ms_64']:.1f}",
         )  # fmt: skip
-    Console().print("\n", table)
+    print()
+    Console(soft_wrap=True, highlight=False).print(table, crop=False, width=110)
 
 
 def draw(rows: list[dict[str, Any]], runs: dict[str, Path], path: Path) -> None:

@@ -415,7 +415,7 @@ def test_nan_names_member_and_sample_and_commits_nothing_of_its_unit(faulty: Cli
 
 def test_nan_for_every_sample_names_member_and_sample(faulty: Cli) -> None:
     (faulty.folder / "fault").write_text("logits[:] = float('nan')")
-    refused(faulty(*CACHE, code=7), "member 'b'", "NaN", "sample 0 of train")
+    refused(faulty(*CACHE, code=7), "member 'b'", "NaN", "sample 0 of held_out")
     assert not (faulty.folder / "cache/commits").exists()
 
 
