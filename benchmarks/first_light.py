@@ -19,14 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 import fashion_mnist
-from ensemble_distill.cache.cache import open_cache
-from ensemble_distill.device import devices
+from ensemble_distill.cache.cache import open_cache, read
+from ensemble_distill.device import devices, place
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.losses import hard_labels, soft_targets
 from ensemble_distill.philox import permutation
@@ -37,6 +38,13 @@ from ensemble_distill.sources.arrays import Limited, Source
 from ensemble_distill.store.store import open_store
 from ensemble_distill.targets import Targets
 from ensemble_distill.training.run import Run
+
+GOALS = {
+    "bare forward / capture": "at least 0.95",
+    "loader wait / epoch": "below 0.03",
+    "target reads / memory-map gather": "at least 0.5",
+    "live epoch / cached epoch": "",
+}
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -52,23 +60,33 @@ def pairs(first: Callable[[], object], second: Callable[[], object], repetitions
     return statistics.median(ratios), ratios
 
 
-def bare_forward(ensemble: Ensemble, source: Source, batch: int) -> None:
-    """What capturing cannot do without: the members' passes over inputs that lie ready."""
-    for index in np.array_split(np.arange(len(source)), -(-len(source) // batch)):
-        ensemble._forward({"image": torch.from_numpy(source.load(index).inputs["image"])})
+def bare_forward(ensemble: Ensemble, batches: list[dict[str, torch.Tensor]]) -> None:
+    """What capturing cannot do without: the members' passes over inputs that lie ready in memory."""
+    for inputs in batches:
+        ensemble.features(inputs)
+    synchronize()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def stage1(sources: dict[str, Source], folder: Path, repetitions: int) -> tuple[float, list[float]]:
     data, config = fashion_mnist.data(), fashion_mnist.cache()
     count = iter(range(1000))
     plan, ensemble = prepare(data, config, sources, open_store(folder / "plan", create=True), devices("auto"))
-    size = plan.capture.batch_size
+    batches = [
+        read(source, index)[0]
+        for source in sources.values()
+        for index in np.array_split(np.arange(len(source)), -(-len(source) // plan.capture.batch_size))
+    ]
 
     def capture() -> None:
         store = open_store(folder / f"capture-{next(count)}", create=True)
         Recorder(plan, ensemble, sources, store).run()
 
-    return pairs(lambda: [bare_forward(ensemble, s, size) for s in sources.values()], capture, repetitions)
+    return pairs(lambda: bare_forward(ensemble, batches), capture, repetitions)
 
 
 def stage2_reads(cache_path: Path, source: Source, repetitions: int) -> tuple[float, list[float]]:
@@ -97,40 +115,40 @@ def live_against_cached(
     cache, config = open_cache(cache_path), fashion_mnist.train()
     device = devices("auto")[0]
 
-    def live_targets() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
+    def live() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
         order = permutation(len(source), 0, 0)
-        for i in range(0, len(order), config.batch_size):
-            index = order[i : i + config.batch_size]
-            loaded = source.load(index)
-            inputs = {name: torch.from_numpy(x) for name, x in loaded.inputs.items()}
-            yield inputs, Targets(ensemble(inputs).logprobs.clone()), torch.from_numpy(source.labels[index])
+        for index in np.array_split(order, -(-len(order) // config.batch_size)):
+            inputs, labels, _ = read(source, index)
+            yield inputs, Targets(ensemble(inputs).logprobs.clone()), labels
 
-    def cached_targets() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
+    def cached() -> Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]:
         for batch in cache.loader(source, config.batch_size):
             yield batch.inputs, batch.targets, batch.labels
 
     def epoch(batches: Callable[[], Iterator[tuple[dict[str, torch.Tensor], Targets, torch.Tensor]]]) -> None:
         torch.manual_seed(0)
-        student = config.student()
+        student = place(config.student(), device)
         optimizer = torch.optim.AdamW(student.parameters())
         for inputs, targets, labels in batches():
-            logits = logits_of(student, inputs, device, "fp32")
-            loss = 0.7 * soft_targets(logits, targets, 4.0) + 0.3 * hard_labels(logits, labels)
+            logits = logits_of(student, inputs, device, ensemble.precision)
+            loss = 0.7 * soft_targets(logits, targets.to(device), 4.0) + 0.3 * hard_labels(logits, labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        synchronize()
 
-    return pairs(lambda: epoch(live_targets), lambda: epoch(cached_targets), repetitions)
+    return pairs(lambda: epoch(live), lambda: epoch(cached), repetitions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192, help="training samples to measure on")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write a page of the figures here")
     args = parser.parse_args()
     data = fashion_mnist.data()
     sources: dict[str, Source] = {"train": Limited(data.sources["train"], args.rows)}
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         "rows": args.rows,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -151,11 +169,45 @@ def main() -> None:
         ratio, spread = live_against_cached(cache_path, sources["train"], ensemble, max(1, args.repetitions // 2))
         report(results, "live epoch / cached epoch", ratio, spread)
     print(json.dumps(results, indent=1))
+    if args.write:
+        args.write.write_text(page(results, args))
 
 
-def report(results: dict[str, object], name: str, ratio: float, spread: list[float]) -> None:
+def report(results: dict[str, Any], name: str, ratio: float, spread: list[float]) -> None:
     results[name] = {"median": round(ratio, 4), "all": [round(r, 4) for r in spread]}
     print(f"{name}: {ratio:.3f}  ({', '.join(f'{r:.3f}' for r in spread)})", flush=True)
+
+
+def page(results: dict[str, Any], args: argparse.Namespace) -> str:
+    rows = [
+        f"| {name} | {goal} | {results[name]['median']} | {', '.join(map(str, results[name]['all']))} |"
+        for name, goal in GOALS.items()
+    ]
+    return f"""# Benchmarks
+
+Each figure is the ratio of two things measured in one run, in turn, on the teachers and the student of the
+Fashion-MNIST pipeline and {args.rows:,} training samples; medians of the repetitions. Written by
+
+    python benchmarks/first_light.py --rows {args.rows} --repetitions {args.repetitions} --write docs/benchmarks.md
+
+on {results["machine"]}.
+
+| | goal | median | all |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+- *bare forward / capture*: the members' passes over inputs that lie ready, against the whole of stage 1.
+- *loader wait / epoch*: the share of a training epoch that the student waits for its next batch.
+- *target reads / memory-map gather*: rows/s of shuffled, decoded target batches from HDF5 shards, first touch verified,
+  against a gather of the same rows from one memory-mapped array, decoded the same way.
+- *live epoch / cached epoch*: how many times longer an epoch takes with the ensemble in the loop.
+"""
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    return f"{names[0].split(':')[1].strip() if names else platform.processor()} ({platform.machine()})"
 
 
 if __name__ == "__main__":

@@ -568,3 +568,23 @@ def test_a_disk_that_fills_up_while_a_student_trains_costs_no_checkpoint(
     assert "going on at epoch 2" in cached(*disk).stdout
     cached(*TRAIN)
     assert metrics(cached.folder / "../disk/run") == metrics(cached.folder / "run")
+
+
+@pytest.mark.parametrize("where", ["teacher", "student"])
+def test_running_out_of_memory_says_which_batch_size_to_try(cached: Cli, where: str) -> None:
+    """The device's error is raised by the module itself, after a few batches."""
+    cached.change(
+        "    def forward(self, image):\n",
+        "    def forward(self, image):\n"
+        "        Net.calls = getattr(Net, 'calls', 0) + 1\n"
+        "        if Net.calls > 20:\n"
+        "            raise torch.OutOfMemoryError('CUDA out of memory')\n",
+    )
+    if where == "teacher":
+        process = cached("cache", "digits.py", "--out", "other", code=8)
+        refused(process, "out of device memory", "batch size 64")
+        assert "--batch-size 32" in process.stderr and not (cached.folder / "other" / "CURRENT").exists()
+    else:
+        process = cached("train", "digits.py", "--cache", "cache", "--out", "run", code=8)
+        refused(process, "out of device memory", "batch size 20")
+        assert "--batch-size 10" in process.stderr

@@ -23,7 +23,8 @@ class Console:
     """Prints results and progress; rich obeys NO_COLOR by itself."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else 120
+        self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True, width=width)
         self._live: Live | None = None
         self._last = time.monotonic()
         logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
