@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import load_module
 from torch import nn
@@ -16,12 +17,16 @@ from torch import nn
 import ensemble_distill as ed
 from ensemble_distill.config import OptimizerConfig, ScheduleConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
-from ensemble_distill.ensemble.members import load_member
+from ensemble_distill.ensemble.members import load_member, structure_digest
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.prefetch import prefetch
+from ensemble_distill.recording.capture import Recorder
+from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources.arrays import Limited
 from ensemble_distill.sources.views import render
+from ensemble_distill.store.store import open_store
+from ensemble_distill.training import checkpoint
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
 
@@ -234,3 +239,55 @@ def test_overrides_reach_every_depth_and_are_checked() -> None:
     ]:
         with pytest.raises(UsageError, match=reason):
             override(config, [setting])
+
+
+def test_two_captures_that_begin_at_once_with_different_plans_do_not_mix(pipeline: ModuleType, tmp_path: Path) -> None:
+    data, config = pipeline.data(), pipeline.cache()
+    store = open_store(tmp_path / "cache", create=True)
+    plan, ensemble = prepare(data, config, data.sources, store, [torch.device("cpu")])
+    store.put_plan(plan.model_copy(update={"format": "parquet"}))  # the other one was a little faster
+    with pytest.raises(Mismatch, match="another plan"):
+        Recorder(plan, ensemble, data.sources, store).run()
+    assert store.committed() == set()
+
+
+def test_a_plan_under_which_nothing_was_committed_is_no_obstacle(pipeline: ModuleType, tmp_path: Path) -> None:
+    data, config = pipeline.data(), pipeline.cache()
+    store = open_store(tmp_path / "cache", create=True)
+    plan, _ = prepare(data, config, data.sources, store, [torch.device("cpu")])
+    store.put_plan(plan)
+    smaller = config.model_copy(update={"batch_size": 32})
+    plan, ensemble = prepare(data, smaller, data.sources, store, [torch.device("cpu")])
+    Recorder(plan, ensemble, data.sources, store).run()
+    assert store.plan(store.plans()[0], type(plan)).capture.batch_size == 32
+
+
+def test_identity_covers_the_plain_attributes_of_a_member() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    one.scale, two.scale = 1.0, 2.0
+    assert structure_digest(one) != structure_digest(two) and structure_digest(one) == structure_digest(one)
+
+
+def test_resumed_optimisers_keep_the_memory_format_of_their_parameters() -> None:
+    """Else the arithmetic takes another path to other last bits."""
+    conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(conv.parameters())
+    conv(torch.randn(1, 4, 5, 5)).sum().backward()
+    optimizer.step()
+    held = safetensors.torch.load(checkpoint.to_bytes(checkpoint.optimizer_tensors(optimizer)))
+    checkpoint.restore_optimizer(optimizer, held)
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+    torch.testing.assert_close(optimizer.state[conv.weight]["exp_avg"], held["optimizer/0/exp_avg"])
+
+
+def test_tied_weights_can_be_saved() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    assert len(safetensors.torch.load(checkpoint.to_bytes(model.state_dict()))) == 2
+
+
+def test_batches_of_an_epoch_are_of_nearly_one_size(cache: ed.Cache, pipeline: ModuleType) -> None:
+    """1000 rows in batches of at most 333 would leave one alone, which no batch norm can take."""
+    sizes = [len(batch) for batch in (b.index for b in cache.loader(pipeline.data().sources["train"], 333))]
+    assert sizes == [250, 250, 250, 250]

@@ -588,3 +588,34 @@ def test_running_out_of_memory_says_which_batch_size_to_try(cached: Cli, where: 
         process = cached("train", "digits.py", "--cache", "cache", "--out", "run", code=8)
         refused(process, "out of device memory", "batch size 20")
         assert "--batch-size 10" in process.stderr
+
+
+def test_evaluate_refuses_a_cache_or_a_student_that_is_not_the_runs_own(cached: Cli) -> None:
+    cached("train", "digits.py", "--cache", "cache", "--out", "run", "--set", "epochs=1")
+    (cached.folder / "cache").rename(cached.folder / "old")
+    cached("cache", "digits.py", "--out", "cache", "--views", 1, "--quiet")
+    refused(cached("evaluate", "digits.py", "--run", "run", code=3), "content digest", "run was trained from")
+    cached("evaluate", "digits.py", "--run", "run", "--cache", "old")
+    weights = cached.folder / "run" / "student.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused(cached("evaluate", "digits.py", "--run", "run", "--cache", "old", code=4), "student.safetensors", "damaged")
+
+
+def test_a_student_whose_body_changed_does_not_go_on_with_the_old_run(cached: Cli) -> None:
+    cached("train", "digits.py:other", "--cache", "cache", "--out", "run", "--set", "epochs=1", "--limit", 100)
+    cached.change("nn.Dropout(0.1)", "nn.Dropout(0.2)")
+    process = cached(
+        "train", "digits.py:other", "--cache", "cache", "--out", "run", "--limit", 100, "--set", "epochs=1", code=3
+    )
+    refused(process, "another run", "student")
+
+
+def test_a_variant_made_by_model_copy_is_checked_too(cached: Cli) -> None:
+    cached.change("def other():", "def bad():\n    return train().model_copy(update={'epochs': 0})\n\n\ndef other():")
+    refused(
+        cached("train", "digits.py:bad", "--cache", "cache", "--out", "run", code=2),
+        "epochs",
+        "greater than or equal to 1",
+    )
