@@ -72,7 +72,7 @@ def command(
             digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, workers)
     manifest, done = store.manifest(digest), recorder.progress
     if done.rows:
-        took = f"{ui.duration(done.seconds_so_far)} ({done.rows_per_second:,.0f} rows/s; {done.waiting_for})"
+        took = f"{ui.duration(done.seconds_so_far)} ({done.rows_per_second:,.0f} rows/s; {done.shares})"
         console.say(f"captured {done.rows:,} rows, {ui.size(done.bytes)} in {took}")
     else:
         console.say("already complete: nothing to capture")

@@ -54,6 +54,13 @@ class Progress:
 
     @property
     def waiting_for(self) -> str:
+        """What most of the time went to: ``teachers 97%``."""
+        total = sum(self.seconds.values()) or 1.0
+        name, value = max(self.seconds.items(), key=lambda item: item[1])
+        return f"{name} {value / total:.0%}"
+
+    @property
+    def shares(self) -> str:
         total = sum(self.seconds.values()) or 1.0
         return ", ".join(f"{name} {value / total:.0%}" for name, value in self.seconds.items())
 
