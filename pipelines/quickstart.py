@@ -98,7 +98,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['agreement']:.2%}", f"{r['latency_ms_1']:.2f}", f"{r['latency_ms_64']:.1f}",
         )  # fmt: skip
     print()
-    Console(soft_wrap=True, highlight=False).print(table, crop=False, width=110)
+    Console(width=120, highlight=False).print(table)
 
 
 def draw(rows: list[dict[str, Any]], runs: dict[str, Path], path: Path) -> None:
