@@ -150,7 +150,7 @@ def main() -> None:
     sources: dict[str, Source] = {"train": Limited(data.sources["train"], args.rows)}
     results: dict[str, Any] = {
         "rows": args.rows,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{cpu()}, {torch.get_num_threads()} threads, {devices('auto')[0]}, torch {torch.__version__}",
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
