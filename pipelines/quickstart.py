@@ -151,6 +151,7 @@ def draw(rows: list[dict[str, Any]], runs: dict[str, Path], path: Path) -> None:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["epoch"], 100 * line["held_out"]["accuracy"]) for line in lines if "held_out" in line]
         right.plot(*zip(*curve, strict=True), color=colours[name], label=name, linewidth=2)
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="epoch", ylabel="held-out accuracy, %", title="Same student, same start, same steps")
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -31,6 +32,18 @@ def load_module(path: Path) -> ModuleType:
 def environment(**extra: str) -> dict[str, str]:
     # One thread a process: results do not depend on the machine, and test processes do not fight.
     return os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | extra
+
+
+def flip(path: Path, at: float = 0.5, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= mask
+    path.write_bytes(data)
+
+
+def shard_of(cache: Path, unit: str) -> Path:
+    """The file that holds a unit's rows."""
+    commit = json.loads((cache / "commits" / f"{unit}.json").read_bytes().partition(b"\n")[2])
+    return cache / "objects" / commit["object"]
 
 
 class Cli:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from conftest import Cli, flip, shard_of
+
+import ensemble_distill as ed
+
+COMMANDS = ["cache", "train", "evaluate", "inspect", "verify"]
 
 
 def losses(run: Path) -> list[object]:
@@ -69,10 +74,33 @@ def test_workers_and_memory_do_not_change_a_run(cached: Cli) -> None:
     assert losses(cached.folder / "one") == losses(cached.folder / "four")
 
 
-@pytest.mark.parametrize("command", ["cache", "train", "evaluate", "inspect", "verify"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
     text = cli(command, "--help").stdout
     assert "Example:" in text and f"ensemble-distill {command}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_set_of_flags_serves_every_command(cli: Cli, command: str) -> None:
+    text = cli(command, "--help").stdout
+    for flag in ("--limit", "--batch-size", "--workers", "--device", "--quiet", "--version"):
+        assert flag in text
+    assert cli(command, "--version").stdout == f"ensemble-distill {ed.__version__}\n"
+
+
+def test_verify_imports_no_torch(cached: Cli) -> None:
+    flags = ("--limit", 100, "--batch-size", 7, "--workers", 2, "--device", "cpu", "--quiet")
+    process = cached("verify", "cache", *flags, PYTHONPROFILEIMPORTTIME="1")
+    assert process.stdout == "" and not re.search(r"\btorch$", process.stderr, re.MULTILINE)
+    assert cached("inspect", "cache", *flags).stdout == ""
+
+
+def test_verify_can_stop_after_the_first_samples(cached: Cli) -> None:
+    flip(shard_of(cached.folder / "cache", "train-v000000-00000004.targets"))
+    whole = cached("verify", "cache", "--json", code=4)
+    first = cached("verify", "cache", "--json", "--limit", 800)
+    assert json.loads(first.stdout)["bytes"] < json.loads(whole.stdout)["bytes"]
+    cached("verify", "cache", "--limit", 801, code=4)
 
 
 def test_help_imports_no_torch(cli: Cli) -> None:

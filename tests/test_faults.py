@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import Cli, load_module
+from conftest import Cli, flip, load_module
 
 import ensemble_distill as ed
 from ensemble_distill.errors import Mismatch
@@ -71,12 +71,6 @@ def usage(process: subprocess.CompletedProcess[str], *words: str) -> None:
     assert process.stderr.startswith("Usage: ") and "--help' for help" in process.stderr
     last = process.stderr.splitlines()[-1]
     assert last.startswith("Error: ") and all(word in last for word in words), process.stderr
-
-
-def flip(path: Path, at: float = 0.5, mask: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(at * len(data))] ^= mask
-    path.write_bytes(data)
 
 
 def only(folder: Path, pattern: str) -> Path:

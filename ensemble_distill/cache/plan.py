@@ -8,6 +8,7 @@ write the same bytes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,7 +18,9 @@ from pydantic import Field
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.config import Config, Format, ViewsConfig
+from ensemble_distill.errors import Corrupt
 
+_UNIT = re.compile(r"(?P<split>\w+)-v(?P<view>[0-9]+)-(?P<page>[0-9]+)\.(?P<group>.+)")
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
 
@@ -104,6 +107,20 @@ class Plan(Config):
                     first = page * split.unit_rows
                     last = min(split.rows, first + split.unit_rows)
                     yield WorkItem(split=name, view=view, page=page, first=first, last=last)
+
+    def locate(self, unit: str) -> WorkItem:
+        """The work item of a unit, from its name; Corrupt if the plan has no such unit."""
+        match = _UNIT.fullmatch(unit)
+        split = self.splits.get(match["split"]) if match else None
+        if match and split and match["group"] in {group.name for group in self.groups}:
+            view, page = int(match["view"]), int(match["page"])
+            first = page * split.unit_rows
+            item = WorkItem(
+                split=match["split"], view=view, page=page, first=first, last=min(split.rows, first + split.unit_rows)
+            )
+            if view < split.views and first < split.rows and item.unit(self.group(match["group"])) == unit:
+                return item
+        raise Corrupt(f"{unit!r} is no unit of this cache's plan")
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)

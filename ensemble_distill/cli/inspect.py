@@ -6,11 +6,16 @@ import json
 
 import click
 
+from ensemble_distill.cli.options import accepted, quiet, version
+
 
 @click.command(name="inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(cache: str, as_json: bool) -> None:
+@accepted("limit", "batch-size", "workers", "device")
+@quiet
+@version
+def command(cache: str, as_json: bool, quiet: bool) -> None:
     """Show what a CACHE holds: plan, members, rows, bytes, statistics.
 
     \b
@@ -33,7 +38,7 @@ def command(cache: str, as_json: bool) -> None:
         }
         click.echo(json.dumps(report, indent=1))
         return
-    console = ui.Console()
+    console = ui.Console(quiet)
     reading, capture = plan.reading, plan.capture
     console.say(f"{held.path}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")
     console.say(f"content digest   {held.content_digest}")

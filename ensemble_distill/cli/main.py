@@ -12,6 +12,8 @@ import traceback
 
 import click
 
+from ensemble_distill.cli.options import version
+
 COMMANDS = {
     "cache": "Run the teachers once and write what they said.",
     "train": "Train a student from a cache.",
@@ -47,16 +49,8 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        from ensemble_distill import __version__
-
-        click.echo(f"ensemble-distill {__version__}")
-        ctx.exit()
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@version
 def cli() -> None:
     """Run an ensemble of teachers once; train any number of students from what they said.
 

@@ -8,6 +8,8 @@ import os
 
 import click
 
+from ensemble_distill.cli.options import accepted, quiet, version
+
 
 @click.command(name="verify")
 @click.argument("cache")
@@ -19,14 +21,20 @@ import click
     metavar="N",
     help="Threads that hash.  [default: all cores]",
 )
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-def command(cache: str, as_json: bool, workers: int, quiet: bool) -> None:
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Check the shards of the first N samples of each split only."
+)
+@accepted("batch-size", "device")
+@quiet
+@version
+def command(cache: str, as_json: bool, workers: int, limit: int | None, quiet: bool) -> None:
     """Check every byte of a CACHE against its hash; exit 4 if one is wrong.
 
     \b
     Example:
       ensemble-distill verify caches/fmnist
     """
+    from ensemble_distill.cache.plan import Plan
     from ensemble_distill.cli import console as ui
     from ensemble_distill.errors import Corrupt
     from ensemble_distill.store.store import open_store
@@ -37,8 +45,15 @@ def command(cache: str, as_json: bool, workers: int, quiet: bool) -> None:
     def report(verdict: Verdict) -> None:
         console.progress(f"{verdict.files} files, {ui.size(verdict.bytes)}, {len(verdict.damaged)} damaged")
 
+    store = open_store(cache)
+
+    def within(unit: str) -> bool:
+        return limit is None or plan.locate(unit).first < limit
+
     with console.live():
-        verdict = verify(open_store(cache), report, workers)
+        if limit is not None:
+            plan = store.plan(store.plans()[0], Plan)
+        verdict = verify(store, report, workers, within)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(verdict) | {"ok": verdict.ok}, indent=1))
     for problem in verdict.damaged[:20]:

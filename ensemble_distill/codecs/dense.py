@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING, Literal
 
 from ensemble_distill.config import Config
+
+if TYPE_CHECKING:  # a plan names codecs, and a cache can be checked without torch
+    from torch import Tensor
 
 
 class Dense(Config):
@@ -23,8 +24,8 @@ class Dense(Config):
 
     def encode(self, logprobs_BC: Tensor) -> Tensor:
         """float32 log-probabilities [B, C] (−inf allowed) to float16 [B, C]."""
-        return logprobs_BC.clamp(min=-65504).masked_fill(logprobs_BC.isneginf(), -torch.inf).half()
+        return logprobs_BC.clamp(min=-65504).masked_fill(logprobs_BC.isneginf(), -math.inf).half()
 
     def decode(self, stored_BC: Tensor) -> Tensor:
         """float16 [B, C] to float32 log-probabilities [B, C] whose exp sums to one."""
-        return torch.log_softmax(stored_BC.float(), dim=1)
+        return stored_BC.float().log_softmax(dim=1)

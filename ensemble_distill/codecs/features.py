@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from ensemble_distill.config import Config
 from ensemble_distill.errors import InvalidOutput
+
+if TYPE_CHECKING:  # a plan names codecs, and a cache can be checked without torch
+    from torch import Tensor
 
 
 class Features(Config):
@@ -20,7 +20,7 @@ class Features(Config):
     def encode(self, features_BD: Tensor) -> Tensor:
         """float32 [B, D] to float16 [B, D]; InvalidOutput beyond ±65504, which float16 would make infinite."""
         stored = features_BD.half()
-        if not torch.isfinite(stored).all():
+        if not stored.isfinite().all():
             raise InvalidOutput("a feature is not finite in float16 (beyond ±65504, or NaN)")
         return stored
 

@@ -28,10 +28,18 @@ class Verdict:
         return not self.damaged
 
 
-def verify(store: Store, report: Callable[[Verdict], None] = lambda verdict: None, workers: int = 4) -> Verdict:
-    """Check plan, manifest, pages, key pages and shards; of an unsealed cache, what is committed so far."""
+def verify(
+    store: Store,
+    report: Callable[[Verdict], None] = lambda verdict: None,
+    workers: int = 4,
+    within: Callable[[str], bool] = lambda unit: True,
+) -> Verdict:
+    """Check plan, manifest, pages, key pages and shards; of an unsealed cache, what is committed so far.
+
+    ``within`` says of a unit whether its shard is to be checked.
+    """
     verdict = Verdict()
-    checks = _checks(store, verdict)
+    checks = _checks(store, verdict, within)
     with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter's lock
         for size, problem in pool.map(_run, checks):
             verdict.files += 1
@@ -52,7 +60,7 @@ def _run(check: Check) -> tuple[int, str]:
         return 0, str(error)
 
 
-def _checks(store: Store, verdict: Verdict) -> Iterator[Check]:
+def _checks(store: Store, verdict: Verdict, within: Callable[[str], bool]) -> Iterator[Check]:
     for digest in store.plans():
         yield partial(_plan, store, digest)
     try:
@@ -63,7 +71,7 @@ def _checks(store: Store, verdict: Verdict) -> Iterator[Check]:
         current, manifest = None, None
     if current is None or manifest is None:
         for unit in sorted(store.committed()):
-            yield partial(_unit, store, unit)
+            yield partial(_unit, store, unit, within)
         return
     verdict.sealed, verdict.manifest_digest = True, current
     for split, digests in manifest.keys.items():
@@ -76,7 +84,8 @@ def _checks(store: Store, verdict: Verdict) -> Iterator[Check]:
             verdict.damaged.append(str(error))
             continue
         for commit in commits:
-            yield partial(_object, store, commit)
+            if within(commit.unit):
+                yield partial(_object, store, commit)
             yield partial(_commit, store, commit)
 
 
@@ -101,7 +110,9 @@ def _commit(store: Store, sealed: Commit) -> int:
     return 0
 
 
-def _unit(store: Store, unit: str) -> int:
+def _unit(store: Store, unit: str, within: Callable[[str], bool]) -> int:
     commit = store.commit(unit)
     store.keys(*page_of(unit), commit.keys)
+    if not within(unit):
+        return 0
     return len(store.object(commit))
