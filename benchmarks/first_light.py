@@ -35,6 +35,7 @@ from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.sources.arrays import Limited, Source
+from ensemble_distill.store.leases import Leases, lease_storage
 from ensemble_distill.store.store import open_store
 from ensemble_distill.targets import Targets
 from ensemble_distill.training.run import Run
@@ -75,7 +76,8 @@ def synchronize() -> None:
 def stage1(sources: dict[str, Source], folder: Path, repetitions: int) -> tuple[float, list[float]]:
     data, config = fashion_mnist.data(), fashion_mnist.cache()
     count = iter(range(1000))
-    plan, ensemble = prepare(data, config, sources, open_store(folder / "plan", create=True), devices("auto"))
+    store = open_store(folder / "plan", create=True)
+    plan, ensemble = prepare(data, config, sources, store, Leases(store.storage), devices("auto"))
     batches = [
         read(source, index)[0]
         for source in sources.values()
@@ -84,7 +86,7 @@ def stage1(sources: dict[str, Source], folder: Path, repetitions: int) -> tuple[
 
     def capture() -> None:
         store = open_store(folder / f"capture-{next(count)}", create=True)
-        Recorder(plan, ensemble, sources, store).run()
+        Recorder(plan, ensemble, sources, store, Leases(lease_storage(store.storage))).run()
 
     return pairs(lambda: bare_forward(ensemble, batches), capture, repetitions)
 
@@ -165,7 +167,7 @@ def main() -> None:
         ratio, spread = stage2_reads(cache_path, sources["train"], args.repetitions)
         report(results, "target reads / memory-map gather", ratio, spread)
         store = open_store(cache_path)
-        _, ensemble = prepare(data, fashion_mnist.cache(), sources, store, devices("auto"))
+        _, ensemble = prepare(data, fashion_mnist.cache(), sources, store, Leases(store.storage), devices("auto"))
         ratio, spread = live_against_cached(cache_path, sources["train"], ensemble, max(1, args.repetitions // 2))
         report(results, "live epoch / cached epoch", ratio, spread)
     print(json.dumps(results, indent=1))

@@ -15,6 +15,7 @@ from conftest import load_module
 from torch import nn
 
 import ensemble_distill as ed
+from ensemble_distill.cache.commits import held_plan
 from ensemble_distill.config import OptimizerConfig, ScheduleConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member, structure_digest
@@ -25,6 +26,7 @@ from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources.arrays import Limited
 from ensemble_distill.sources.views import render
+from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import open_store
 from ensemble_distill.training import checkpoint
 from ensemble_distill.training.objective import Objective
@@ -244,22 +246,24 @@ def test_overrides_reach_every_depth_and_are_checked() -> None:
 def test_two_captures_that_begin_at_once_with_different_plans_do_not_mix(pipeline: ModuleType, tmp_path: Path) -> None:
     data, config = pipeline.data(), pipeline.cache()
     store = open_store(tmp_path / "cache", create=True)
-    plan, ensemble = prepare(data, config, data.sources, store, [torch.device("cpu")])
+    leases = Leases(store.storage)
+    plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
     store.put_plan(plan.model_copy(update={"format": "parquet"}))  # the other one was a little faster
     with pytest.raises(Mismatch, match="another plan"):
-        Recorder(plan, ensemble, data.sources, store).run()
-    assert store.committed() == set()
+        Recorder(plan, ensemble, data.sources, store, leases).run()
+    assert not list(store.committed())
 
 
 def test_a_plan_under_which_nothing_was_committed_is_no_obstacle(pipeline: ModuleType, tmp_path: Path) -> None:
     data, config = pipeline.data(), pipeline.cache()
     store = open_store(tmp_path / "cache", create=True)
-    plan, _ = prepare(data, config, data.sources, store, [torch.device("cpu")])
+    leases = Leases(store.storage)
+    plan, _ = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
     store.put_plan(plan)
     smaller = config.model_copy(update={"batch_size": 32})
-    plan, ensemble = prepare(data, smaller, data.sources, store, [torch.device("cpu")])
-    Recorder(plan, ensemble, data.sources, store).run()
-    assert store.plan(store.plans()[0], type(plan)).capture.batch_size == 32
+    plan, ensemble = prepare(data, smaller, data.sources, store, leases, [torch.device("cpu")])
+    Recorder(plan, ensemble, data.sources, store, leases).run()
+    assert held_plan(store).capture.batch_size == 32
 
 
 def test_identity_covers_the_plain_attributes_of_a_member() -> None:

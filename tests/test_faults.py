@@ -88,7 +88,7 @@ def edit_data(cli: Cli, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
 
 def content(root: Path) -> str:
     digest = (root / "CURRENT").read_text().strip()
-    return str(json.loads((root / f"manifests/{digest}/manifest.json").read_bytes())["content_digest"])
+    return str(json.loads((root / f"manifests/{digest}.json").read_bytes())["content_digest"])
 
 
 def metrics(run: Path) -> list[object]:
@@ -111,6 +111,7 @@ def unsealed(cached: Cli) -> Cli:
     root = cached.folder / "cache"
     (root / "CURRENT").unlink()
     shutil.rmtree(root / "manifests")
+    shutil.rmtree(root / "pages")
     for group in ("targets", "tap.a.pool"):
         (root / f"commits/train-v000001-00000004.{group}.json").unlink()
     return cached
@@ -460,8 +461,8 @@ def swap_shards(path: Path) -> None:
         pytest.param(shard, Path.unlink, id="a missing shard"),
         pytest.param(shard, swap_shards, id="two swapped shards"),
         pytest.param("plans/*.json", flip, id="a flipped bit in the plan"),
-        pytest.param("manifests/*/manifest.json", flip, id="a flipped bit in the manifest"),
-        pytest.param("manifests/*/page-000000.json", flip, id="a flipped bit in a manifest page"),
+        pytest.param("manifests/*.json", flip, id="a flipped bit in the manifest"),
+        pytest.param("pages/*.json", flip, id="a flipped bit in a manifest page"),
         pytest.param("keys/train-00000002", flip, id="a flipped bit in a key page"),
         pytest.param("keys/train-00000002", Path.unlink, id="a missing key page"),
         pytest.param("CURRENT", flip, id="a flipped bit in CURRENT"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 from pathlib import Path
 
 import h5py
@@ -16,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemble_distill.cache.plan import Group, Plan, WorkItem, unit_rows
+from ensemble_distill.cache.plan import FieldSpec, Group, Plan, Split, WorkItem, unit_rows
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
-from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, StorageError, Unsafe
+from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.formats import encode
 from ensemble_distill.formats.layout import Segment, read_segments
-from ensemble_distill.store import local, records
+from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store, open_store
@@ -140,9 +138,11 @@ def test_logical_content_is_the_same_in_both_formats_and_follows_every_bit() -> 
 
 def a_commit() -> Commit:
     segment = Segment(fields=("x",), offset=3, stride=2)
+    digest = "0" * 64
     return Commit(
-        plan="p", unit="u", object="o.h5", size=9, rows=3, segments=(segment,), blocks=("b",), content="c", keys="k"
-    )
+        plan="p", unit="u", object=f"{digest}.h5", size=9, rows=3, segments=(segment,), blocks=(digest,), content="c",
+        keys=digest,
+    )  # fmt: skip
 
 
 def test_any_flipped_bit_of_a_sealed_record_is_found() -> None:
@@ -161,11 +161,11 @@ def test_any_flipped_bit_of_a_sealed_record_is_found() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"commits":[],"commits":[]}', "twice"),
-        ('{"commits":NaN}', "NaN"),
+        ('{"commits":[],"commits":[]}', "not those that were written"),
+        ('{"commits":NaN}', "commits"),
         ('{"commits":[],"more":1}', "no such field"),
         ('{"commits": []}', "not those that were written"),
-        ("[" * 100_000, "not the JSON"),
+        ("[" * 100_000, "recursion limit"),
         ("[]", "Page"),
     ],
 )
@@ -179,71 +179,18 @@ def test_another_schema_version_is_a_mismatch() -> None:
         records.load(records.Manifest, b'{"schema_version":2}', "here")
 
 
-# Storage --------------------------------------------------------------------------------------------
-
-
-def test_create_once_means_once(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "new" / "place")
-    assert storage.create("a/b", b"first") and not storage.create("a/b", b"second")
-    assert storage.read("a/b") == b"first" and storage.list("a") == ["a/b"]
-    storage.replace("a/b", b"third")
-    assert storage.read("a/b") == b"third"
-    assert [p.name for p in (tmp_path / "new" / "place" / "a").iterdir()] == ["b"]  # no temporary is left
-    with pytest.raises(Corrupt, match="missing"):
-        storage.read("a/c")
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a//b", "a/../../b", "a\0b", ".hidden", "a\\b", "s3://b", ""])
-def test_names_cannot_leave_the_directory(tmp_path: Path, name: str) -> None:
-    storage = LocalStorage(tmp_path)
-    for call in (storage.read, storage.exists, lambda n: storage.create(n, b"")):
-        with pytest.raises(Unsafe):
-            call(name)
-
-
-def test_durable_means_file_then_name_then_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of system calls of a create: losing any of them would lose acknowledged data."""
-    calls: list[str] = []
-    fsync, link = os.fsync, os.link
-
-    def spy_fsync(fd: int) -> None:
-        calls.append("fsync directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "link", lambda a, b: (calls.append("link"), link(a, b))[1])
-    storage = LocalStorage(tmp_path)
-    storage.create("x", b"1")
-    assert calls == ["fsync file", "link", "fsync directory"]
-    calls.clear()
-    storage.create("x", b"1")
-    assert calls == ["fsync directory"]  # somebody else's link may not be durable yet
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_errors_of_the_disk_are_one_sentence_and_leave_nothing(tmp_path: Path, monkeypatch, number: int) -> None:
-    def fail(fd: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(local.os, "fsync", fail)
-    with pytest.raises(StorageError, match=os.strerror(number)) as error:
-        LocalStorage(tmp_path).create("x", b"data")
-    assert error.value.exit_code == 6 and error.value.hint
-    assert list(tmp_path.iterdir()) == []
-
-
 # The store ------------------------------------------------------------------------------------------
 
 
 def put(store: Store, unit: str = "u-0", rows: int = 40, format: str = "hdf5") -> Commit:
-    return store.put_unit("p", unit, some_records(rows), format, "0" * 64, None, {})
+    return store.put_unit("p", unit, some_records(rows), format, "0" * 64, None, {})[0]
 
 
 def test_the_first_commit_wins(tmp_path: Path) -> None:
     store = Store(LocalStorage(tmp_path))
     first = put(store, rows=40)
     put(store, rows=41)
-    assert store.commit("u-0") == first and store.committed() == {"u-0"}
+    assert store.commit("u-0") == first and list(store.committed()) == ["u-0"]
 
 
 def test_an_object_is_durable_before_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +234,12 @@ def test_a_directory_that_is_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match="no cache"):
         open_store(tmp_path, create=True)
     (tmp_path / "killed" / "plans").mkdir(parents=True)
-    assert open_store(tmp_path / "killed", create=True).plans() == []
+    assert open_store(tmp_path / "killed", create=True).plan_digest() is None
+
+
+def a_group(name: str = "targets") -> Group:
+    field = FieldSpec(name="x", dtype="<f2", shape=(2,), codec=Features(width=2))
+    return Group(name=name, fields=(field,))
 
 
 # The plan -------------------------------------------------------------------------------------------
@@ -303,14 +255,38 @@ def test_unit_sizes_follow_the_formula() -> None:
 @given(st.integers(1, 5000), st.integers(1, 3), st.integers(1, 700))
 def test_work_items_cover_every_row_of_every_view_once(rows: int, views: int, per_unit: int) -> None:
     spec = {"rows": rows, "views": views, "unit_rows": per_unit, "labels": None}
-    plan = Plan.model_construct(splits={"train": Plan.model_fields["splits"].annotation.__args__[1](**spec)}, groups=())
+    group = a_group()
+    plan = Plan.model_construct(splits={"train": Split(**spec)}, groups=(group,))
     items = list(plan.items())
     covered = [(i.view, row) for i in items for row in range(i.first, i.last)]
     assert covered == [(view, row) for view in range(views) for row in range(rows)]
-    group = Group(name="targets", fields=())
-    assert len({i.unit(group) for i in items}) == len(items)
+    assert len({i.unit(group) for i in items}) == len(items) == plan.item_count
+    assert [plan.unit_name(n) for n in range(plan.units)] == [i.unit(group) for i in items]
+    assert [plan.unit_number(i.unit(group)) for i in items] == list(range(plan.units))
+    assert [plan.locate(i.unit(group)) for i in items] == [(i, group) for i in items]
+    assert plan.item_rows().tolist() == [i.rows for i in items]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "train-v000000-00000001.targets",
+        "train-v000001-00000000.targets",
+        "x",
+        "test-v000000-00000000.targets",
+        "train-v0-0.targets",
+        "train-v000000-00000000.taps",
+        "train-v000000-00000000.targets\n",
+        "train-v0000000-00000000.targets",
+    ],
+)
+def test_a_name_of_no_unit_is_refused(unit: str) -> None:
+    spec = Split(rows=5, views=1, unit_rows=5, labels=None)
+    plan = Plan.model_construct(splits={"train": spec}, groups=(a_group(),))
+    with pytest.raises(Corrupt, match="no unit"):
+        plan.unit_number(unit)
 
 
 def test_unit_names_are_what_they_have_always_been() -> None:
     item = WorkItem(split="train", view=3, page=12, first=0, last=1)
-    assert item.unit(Group(name="tap.a.pool", fields=())) == "train-v000003-00000012.tap.a.pool"
+    assert item.unit(a_group("tap.a.pool")) == "train-v000003-00000012.tap.a.pool"

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.plan import Group, Plan
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.config import DataConfig, difference, suggestion
-from ensemble_distill.errors import Corrupt, Mismatch, UsageError
+from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import render
-from ensemble_distill.store.records import Commit, Manifest
+from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.store import Store, open_store
 from ensemble_distill.targets import Targets
 
@@ -48,10 +49,10 @@ class Cache:
     """Read access to a sealed cache. Made by ``open_cache``."""
 
     def __init__(self, store: Store, digest: str, memory: int) -> None:
-        self.path, self.digest = store.root, digest
+        self.root, self.digest = store.root, digest
         self.manifest: Manifest = store.manifest(digest)
         self.plan: Plan = store.plan(self.manifest.plan, Plan)
-        self.commits = _commits(store, digest, self.manifest, self.plan)
+        self.commits = Commits(store, self.plan, self.manifest)
         self._store = store
         self._rows = Rows(store, self.plan, self.commits, memory)
         self._tables: dict[str, KeyTable] = {}
@@ -68,14 +69,10 @@ class Cache:
     def table(self, split: str) -> KeyTable:
         """The key table of a split, read and checked on first use."""
         if split not in self.plan.splits:
-            raise Mismatch(f"{self.path} has no split {split!r}{suggestion(split, self.plan.splits)}")
+            raise Mismatch(f"{self.root} has no split {split!r}{suggestion(split, self.plan.splits)}")
         if split not in self._tables:
-            digests = self.manifest.keys[split]
-            pages = [self._store.keys(split, i, digest) for i, digest in enumerate(digests)]
-            keys = np.concatenate(pages) if pages else np.empty((0, KEY_BYTES), np.uint8)
-            if len(keys) != self.plan.splits[split].rows:
-                raise Corrupt(f"{self.path}: {len(keys)} keys of {split}, its plan says {self.plan.splits[split].rows}")
-            self._tables[split] = KeyTable(split, keys)
+            pages = [self._key_page(split, page) for page in range(self.plan.splits[split].pages)]
+            self._tables[split] = KeyTable(split, np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *pages]))
         return self._tables[split]
 
     def targets(self, keys: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
@@ -90,7 +87,7 @@ class Cache:
         """The same by row of the cache (int64 [B]), for callers that have joined by key already."""
         views = self.plan.splits[split].views
         if not 0 <= view < views:
-            raise Mismatch(f"{self.path} holds {views} view(s) of {split}, there is no view {view}")
+            raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
         main = self._decode(self.plan.group(TARGETS), split, view, rows)
         features: dict[str, Tensor] = {}
         for tap in taps:
@@ -103,7 +100,7 @@ class Cache:
             if any(field.name == tap for field in group.fields):
                 return group
         raise UsageError(
-            f"{self.path} holds no {tap!r}{suggestion(tap, self.taps)}",
+            f"{self.root} holds no {tap!r}{suggestion(tap, self.taps)}",
             hint="add the tap to the pipeline's cache() and capture again",
         )
 
@@ -140,7 +137,7 @@ class Cache:
         if (hit := difference(expected, found)) is not None:
             field, old, new = hit
             raise Mismatch(
-                f"{self.path} was captured with {field} = {old!r}, this pipeline says {new!r}",
+                f"{self.root} was captured with {field} = {old!r}, this pipeline says {new!r}",
                 hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
 
@@ -156,7 +153,7 @@ class Cache:
             return
         if array_digest(source.labels) != spec.labels and (self.verify_source(source, split)).all():
             raise Mismatch(
-                f"the labels of {split} are not those that {self.path} was captured with, in the same order of samples",
+                f"the labels of {split} are not those that {self.root} was captured with, in the same order of samples",
                 hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
 
@@ -174,6 +171,11 @@ class Cache:
         targets = self.targets_at(rows, view, split=split, taps=taps)
         return Batch(render_inputs(inputs, keys, self.plan, view), labels, targets, keys, index, view)
 
+    def _key_page(self, split: str, page: int) -> np.ndarray:
+        item = self.plan.item(self.plan.number(split, 0, page))
+        commit = self.commits.get(item, self.plan.group(TARGETS))
+        return self._store.keys(split, page, commit.keys, item.rows)
+
     def _decode(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, Tensor]:
         records = self._rows.gather(group, split, view, rows)
         return {f.name: f.codec.decode(torch.from_numpy(records[f.name])) for f in group.fields}
@@ -189,10 +191,10 @@ def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: st
     store = open_store(path)
     digest = store.current()
     if digest is None:
-        plan = store.plan(store.plans()[0], Plan)
-        done = len(store.committed())
+        plan = held_plan(store)
+        done = committed_units(store, plan)
         raise Mismatch(
-            f"{path} is not complete: {done}/{plan.units} units committed{_missing(store, plan)}",
+            f"{path} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
             hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
         )
     if expect_digest is not None and digest != expect_digest:
@@ -219,25 +221,6 @@ def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, view:
     if views.input not in inputs:
         raise UsageError(f"views act on the input {views.input!r}{suggestion(views.input, inputs)}")
     return inputs | {views.input: render(inputs[views.input], keys, views, view)}
-
-
-def _commits(store: Store, digest: str, manifest: Manifest, plan: Plan) -> dict[str, Commit]:
-    pages = [store.page(digest, manifest, i) for i in range(len(manifest.pages))]
-    commits = {commit.unit: commit for page in pages for commit in page.commits}
-    expected = {item.unit(group) for item in plan.items() for group in plan.groups}
-    if commits.keys() != expected:
-        raise Corrupt(f"{store.root}: its manifest lists {len(commits)} units, its plan {len(expected)}")
-    return commits
-
-
-def _missing(store: Store, plan: Plan) -> str:
-    """The first ranges of rows that are not committed, for people."""
-    done, ranges = store.committed(), []
-    for item in plan.items():
-        if any(item.unit(group) not in done for group in plan.groups):
-            ranges.append(f"{item.split} view {item.view} rows {item.first}–{item.last - 1}")
-    shown = "; ".join(ranges[:3]) + (f"; and {len(ranges) - 3} more" if len(ranges) > 3 else "")
-    return f" (missing: {shown})" if ranges else " (all there, but not sealed)"
 
 
 def _quarter_of_memory() -> int:

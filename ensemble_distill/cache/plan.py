@@ -2,7 +2,7 @@
 
 *Reading* is what a student must agree with, *capture* what further captures must agree with. Provenance
 (versions, device, times) is not here but in each commit, so that two workers who plan the same capture
-write the same bytes.
+write the same bytes. Whatever a reader allocates follows from the plan, so its fields have bounds.
 """
 
 from __future__ import annotations
@@ -10,49 +10,69 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import Literal
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
-from ensemble_distill.config import Config, Format, ViewsConfig
+from ensemble_distill.config import Config, Format, Name, ViewsConfig
 from ensemble_distill.errors import Corrupt
 
-_UNIT = re.compile(r"(?P<split>\w+)-v(?P<view>[0-9]+)-(?P<page>[0-9]+)\.(?P<group>.+)")
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
+MAX_ROWS = 1 << 48
+MAX_ROW_BYTES = 1 << 28
+MAX_SHARD = 1 << 32
+MAX_UNITS = 1 << 28
+
+_UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.ASCII)
 
 
 class FieldSpec(Config):
     """One named array of a row: numpy dtype (little-endian), shape without the row axis, and its codec."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: str = Field(pattern=r"^[A-Za-z0-9_./]+$", max_length=200)
+    dtype: Literal["<f2", "<f4", "|u1", "<u2", "<u4", "<i8"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
     codec: Dense | Features = Field(discriminator="name")
 
 
 class Group(Config):
     """Fields captured and read together: one shard and one commit for each work item."""
 
-    name: str
-    fields: tuple[FieldSpec, ...]
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)
+    fields: Annotated[tuple[FieldSpec, ...], Field(min_length=1, max_length=1024)]
 
     @property
     def dtype(self) -> np.dtype:
         """The record of one row, padded as C would."""
         return np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len({f.name for f in self.fields}) < len(self.fields):
+            raise ValueError("two fields have the same name")
+        size = sum(math.prod(f.shape) * 8 for f in self.fields)
+        if not 0 < size <= 8 * MAX_ROW_BYTES:
+            raise ValueError(f"a row of group {self.name!r} would take {size} bytes")
+        return self
+
 
 class Split(Config):
     """Rows of a source, how often each is seen, rows in a unit, and the SHA-256 of its labels."""
 
-    rows: int
-    views: int
-    unit_rows: int
+    rows: int = Field(ge=0, le=MAX_ROWS)
+    views: int = Field(ge=1, lt=2**24)
+    unit_rows: int = Field(ge=1, le=MAX_ROWS)
     labels: str | None
+
+    @property
+    def pages(self) -> int:
+        """Work items of one view."""
+        return -(-self.rows // self.unit_rows)
 
 
 class Reading(Config):
@@ -78,7 +98,7 @@ class Capture(Config):
     batch_size: int
 
 
-class WorkItem(Config):
+class WorkItem(NamedTuple):
     """One forward pass of the members: rows ``first`` to ``last`` (exclusive) of a split in one view."""
 
     split: str
@@ -87,8 +107,16 @@ class WorkItem(Config):
     first: int
     last: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.split}-v{self.view:06d}-{self.page:08d}"
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.first
+
     def unit(self, group: Group) -> str:
-        return f"{self.split}-v{self.view:06d}-{self.page:08d}.{group.name}"
+        return f"{self.name}.{group.name}"
 
 
 class Plan(Config):
@@ -96,39 +124,92 @@ class Plan(Config):
     reading: Reading
     capture: Capture
     format: Format
-    splits: dict[str, Split]
-    groups: tuple[Group, ...]
+    splits: Annotated[dict[Name, Split], Field(min_length=1, max_length=1024)]
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1024)]
 
-    def items(self) -> Iterator[WorkItem]:
-        """All work items, in the one order that digests and statistics use."""
-        for name, split in sorted(self.splits.items()):
-            for view in range(split.views):
-                for page in range(math.ceil(split.rows / split.unit_rows)):
-                    first = page * split.unit_rows
-                    last = min(split.rows, first + split.unit_rows)
-                    yield WorkItem(split=name, view=view, page=page, first=first, last=last)
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len({g.name for g in self.groups}) < len(self.groups):
+            raise ValueError("two groups have the same name")
+        if self.units > MAX_UNITS:
+            raise ValueError(f"{self.units} units are more than {MAX_UNITS}")
+        rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
+        if rows * max(group.dtype.itemsize for group in self.groups) > MAX_SHARD:
+            raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 30} GiB")
+        return self
 
-    def locate(self, unit: str) -> WorkItem:
-        """The work item of a unit, from its name; Corrupt if the plan has no such unit."""
-        match = _UNIT.fullmatch(unit)
-        split = self.splits.get(match["split"]) if match else None
-        if match and split and match["group"] in {group.name for group in self.groups}:
-            view, page = int(match["view"]), int(match["page"])
-            first = page * split.unit_rows
-            item = WorkItem(
-                split=match["split"], view=view, page=page, first=first, last=min(split.rows, first + split.unit_rows)
-            )
-            if view < split.views and first < split.rows and item.unit(self.group(match["group"])) == unit:
-                return item
-        raise Corrupt(f"{unit!r} is no unit of this cache's plan")
+    # Work items and units are numbered in one order, which digests, pages and statistics use ---------
 
-    def group(self, name: str) -> Group:
-        return next(group for group in self.groups if group.name == name)
+    @property
+    def item_count(self) -> int:
+        return sum(split.views * split.pages for split in self.splits.values())
 
     @property
     def units(self) -> int:
-        pages = (s.views * math.ceil(s.rows / s.unit_rows) for s in self.splits.values())
-        return sum(pages) * len(self.groups)
+        return self.item_count * len(self.groups)
+
+    def items(self) -> Iterator[WorkItem]:
+        """All work items in their order."""
+        for name, split in sorted(self.splits.items()):
+            for view in range(split.views):
+                for page in range(split.pages):
+                    first = page * split.unit_rows
+                    yield WorkItem(name, view, page, first, min(split.rows, first + split.unit_rows))
+
+    def item(self, number: int) -> WorkItem:
+        """The work item with this number (IndexError beyond the last)."""
+        for name, split in sorted(self.splits.items()):
+            if number < split.views * split.pages:
+                view, page = divmod(number, split.pages)
+                first = page * split.unit_rows
+                return WorkItem(name, view, page, first, min(split.rows, first + split.unit_rows))
+            number -= split.views * split.pages
+        raise IndexError(number)
+
+    def item_rows(self) -> np.ndarray:
+        """Rows of each work item, int64 [items]."""
+        parts = []
+        for _, split in sorted(self.splits.items()):
+            rows = np.full(split.pages, split.unit_rows, np.int64)
+            rows[-1:] = split.rows - (split.pages - 1) * split.unit_rows
+            parts.append(np.tile(rows, split.views))
+        return np.concatenate(parts)
+
+    def number(self, split: str, view: int, page: int) -> int:
+        """The number of a work item."""
+        before = sum(s.views * s.pages for name, s in self.splits.items() if name < split)
+        return before + view * self.splits[split].pages + page
+
+    def unit_number(self, unit: str) -> int:
+        """The number of a unit, from its name: that of its item × groups + that of its group.
+
+        Raises Corrupt for what is no unit of this plan.
+        """
+        match = _UNIT.fullmatch(unit)
+        split = self.splits.get(match[1]) if match else None
+        group = self._group_numbers.get(match[4]) if match else None
+        if match and split and group is not None:
+            view, page = int(match[2]), int(match[3])
+            canonical = len(match[2]) == 6 or match[2][0] != "0"
+            if canonical and view < split.views and page < split.pages and f"{page:08d}" == match[3]:
+                return self.number(match[1], view, page) * len(self.groups) + group
+        raise Corrupt(f"{unit[:200]!r} is no unit of this cache's plan")
+
+    def unit_name(self, number: int) -> str:
+        item, group = divmod(number, len(self.groups))
+        return self.item(item).unit(self.groups[group])
+
+    def locate(self, unit: str) -> tuple[WorkItem, Group]:
+        """The work item and the group of a unit; Corrupt if the plan has no such unit."""
+        item, group = divmod(self.unit_number(unit), len(self.groups))
+        return self.item(item), self.groups[group]
+
+    @cached_property
+    def _group_numbers(self) -> dict[str, int]:
+        return {group.name: i for i, group in enumerate(self.groups)}
+
+    def group(self, name: str) -> Group:
+        return next(group for group in self.groups if group.name == name)
 
     @property
     def rows(self) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
+from ensemble_distill.cache.commits import Commits
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
-from ensemble_distill.errors import Corrupt, Unsafe
+from ensemble_distill.errors import UsageError
 from ensemble_distill.formats.layout import read_segments
-from ensemble_distill.store.records import Commit
+from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.store import Store
+
+READERS = 4  # reading and hashing release the interpreter's lock
 
 
 class Rows:
@@ -24,11 +27,8 @@ class Rows:
     shuffle, since each batch then touches most units.
     """
 
-    def __init__(self, store: Store, plan: Plan, commits: Mapping[str, Commit], memory: int) -> None:
+    def __init__(self, store: Store, plan: Plan, commits: Commits, memory: int) -> None:
         self._store, self._plan, self._commits, self._memory = store, plan, commits, memory
-        self._items: dict[tuple[str, int], list[WorkItem]] = {}
-        for item in plan.items():
-            self._items.setdefault((item.split, item.view), []).append(item)
         self._held: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -42,7 +42,7 @@ class Rows:
         result = np.empty((len(rows), stride), np.uint8)
         units = rows // spec.unit_rows
         for page in np.unique(units):
-            item = self._items[split, view][page]
+            item = self._item(split, view, int(page))
             table = self._keep((item.unit(group),), partial(self._read_unit, group, item))
             mask = units == page
             result[mask] = table[rows[mask] - item.first]
@@ -61,31 +61,24 @@ class Rows:
 
     def _read_view(self, group: Group, split: str, view: int) -> np.ndarray:
         table = np.empty((self._plan.splits[split].rows, group.dtype.itemsize), np.uint8)
-        for item in self._items[split, view]:
-            table[item.first : item.last] = self._read_unit(group, item)
+        items = [self._item(split, view, page) for page in range(self._plan.splits[split].pages)]
+        parts = prefetch((partial(self._read_unit, group, item) for item in items), READERS)
+        for item, part in zip(items, parts, strict=True):
+            table[item.first : item.last] = part
         return table
 
     def _read_unit(self, group: Group, item: WorkItem) -> np.ndarray:
         """One unit's records as bytes, uint8 [rows, stride], read at the committed offsets."""
-        unit = item.unit(group)
-        commit = self._commits[unit]
-        check_layout(commit, group, item, str(self._store.root))
+        commit = self._commits.get(item, group)
+        if commit.size > self._memory:
+            raise UsageError(
+                f"{self._store.root}: unit {commit.unit} takes {commit.size / 1e6:.1f} MB, "
+                f"more than the {self._memory / 1e6:.1f} MB that may be kept in memory",
+                hint="raise --memory, or memory= of open_cache",
+            )
         data = np.frombuffer(self._store.object(commit), np.uint8)
         records = read_segments(data, commit.rows, group.dtype, commit.segments)
         return records.view(np.uint8).reshape(commit.rows, -1)
 
-
-def check_layout(commit: Commit, group: Group, item: WorkItem, where: str) -> None:
-    """The commit's rows, strides and offsets against the plan and the file's size, before any read."""
-    if commit.rows != item.last - item.first:
-        raise Corrupt(f"{where}: unit {commit.unit} has {commit.rows} rows, expected {item.last - item.first}")
-    fields = [name for segment in commit.segments for name in segment.fields]
-    if fields != [f.name for f in group.fields]:
-        raise Corrupt(f"{where}: unit {commit.unit} holds {fields}, expected {[f.name for f in group.fields]}")
-    for segment in commit.segments:
-        whole = segment.fields == group.dtype.names
-        expected = group.dtype.itemsize if whole else group.dtype[segment.fields[0]].itemsize
-        if segment.stride != expected or (len(segment.fields) > 1 and not whole):
-            raise Unsafe(f"{where}: unit {commit.unit}: stride {segment.stride}, expected {expected}")
-        if segment.offset < 0 or segment.offset + commit.rows * segment.stride > commit.size:
-            raise Unsafe(f"{where}: unit {commit.unit}: rows beyond the end of its file")
+    def _item(self, split: str, view: int, page: int) -> WorkItem:
+        return self._plan.item(self._plan.number(split, view, page))

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -66,23 +66,32 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
     return result
 
 
-@contextmanager
-def stoppable() -> Iterator[Any]:
-    """Gives ``stop()``: whether SIGINT or SIGTERM came. A second SIGINT stops at once.
+GRACE = 25.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    Nothing that was committed or saved is lost either way.
+
+@contextmanager
+def stoppable(grace: float = GRACE) -> Iterator[Callable[[], float | None]]:
+    """Gives ``stop()``: None, or once SIGINT, SIGTERM or SIGUSR1 came the seconds that are left to end in order.
+
+    After ``grace`` seconds, or at a second SIGINT, whatever goes on is interrupted. Nothing that was committed
+    or saved is lost either way.
     """
-    state = {"stop": False}
+    deadline: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if state["stop"] and number == signal.SIGINT:
+        nonlocal deadline
+        if number == signal.SIGALRM or (deadline is not None and number == signal.SIGINT):
             raise KeyboardInterrupt
-        state["stop"] = True
+        if deadline is None:
+            deadline = time.monotonic() + grace
+            signal.setitimer(signal.ITIMER_REAL, max(grace, 1e-3))
 
-    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, handle) for s in (*STOPPING, signal.SIGALRM)}
     try:
-        yield lambda: state["stop"]
+        yield lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in old.items():
             signal.signal(number, handler)
 

@@ -30,7 +30,7 @@ def command(cache: str, as_json: bool, quiet: bool) -> None:
     plan, manifest = held.plan, held.manifest
     if as_json:
         report = {
-            "path": str(held.path),
+            "path": str(held.root),
             "manifest_digest": held.digest,
             "content_digest": held.content_digest,
             "plan": plan.model_dump(mode="json"),
@@ -40,7 +40,7 @@ def command(cache: str, as_json: bool, quiet: bool) -> None:
         return
     console = ui.Console(quiet)
     reading, capture = plan.reading, plan.capture
-    console.say(f"{held.path}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")
+    console.say(f"{held.root}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")
     console.say(f"content digest   {held.content_digest}")
     console.say(f"manifest digest  {held.digest}")
     more = ", …" if len(reading.classes) > 12 else ""

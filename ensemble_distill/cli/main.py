@@ -20,6 +20,10 @@ COMMANDS = {
     "evaluate": "Score a run's student.",
     "inspect": "Show what a cache holds.",
     "verify": "Check every byte of a cache against its hash.",
+    "repair": "Drop what is damaged and capture it again.",
+    "copy": "Copy a cache to another directory or bucket.",
+    "seal": "Seal a cache whose units were captured apart.",
+    "gc": "Remove what no commit and no manifest needs.",
 }
 
 
@@ -67,7 +71,9 @@ def cli() -> None:
 def main() -> None:
     """The entry point: one sentence and the documented exit code for whatever goes wrong."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where no command says otherwise
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # As Ctrl-C, where no command says otherwise; set outright, for process 1 of a container has no defaults.
+        signal.signal(number, signal.default_int_handler)
     try:
         code = cli.main(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False) or 0
     except click.exceptions.Exit as stop:

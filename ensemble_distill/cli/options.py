@@ -56,6 +56,41 @@ def quiet(command: F) -> F:
     return click.option("--quiet", help=text, **kind)(command)
 
 
+def grace(command: F) -> F:
+    return click.option(
+        "--grace",
+        type=click.FloatRange(0),
+        default=25.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="After SIGTERM, SIGINT or SIGUSR1, the time to end in order.",
+    )(command)
+
+
+def expect_digest(command: F) -> F:
+    return click.option(
+        "--expect-digest", metavar="HEX", help="Refuse the cache unless its manifest digest is this one."
+    )(command)
+
+
+class Span(click.ParamType[range]):
+    """A range of units, ``first:last`` with last excluded, either of which may be left out."""
+
+    name = "A:B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        if isinstance(value, range):
+            return value
+        first, colon, last = str(value).partition(":")
+        try:
+            span = range(int(first or 0), int(last or 1 << 62))
+        except ValueError:
+            colon = ""
+        if not colon or span.start < 0 or not span:
+            self.fail(f"{value!r} is no range of units: expected A:B, as in 0:100", param, ctx)
+        return span
+
+
 def settings(command: F) -> F:
     return click.option(
         "--set",

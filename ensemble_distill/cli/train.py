@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, settings
+from ensemble_distill.cli.options import common, expect_digest, grace, settings
 
 
 @click.command(name="train")
 @click.argument("pipeline", metavar="PIPELINE[:VARIANT]")
 @click.option("--cache", "cache_path", required=True, metavar="DIR", help="The cache to learn from.")
 @click.option("--out", required=True, metavar="RUN", help="Directory of the run; the same command resumes it.")
-@click.option("--expect-digest", metavar="HEX", help="Refuse the cache unless its manifest digest is this one.")
+@expect_digest
 @click.option("--verify-source", is_flag=True, help="Look up every sample's key before the first step.")
 @click.option(
     "--memory",
@@ -23,6 +23,7 @@ from ensemble_distill.cli.options import common, settings
     help="Keep at most this much of the cache in memory.  [default: a quarter of the RAM]",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events (extra: tensorboard).")
+@grace
 @settings
 @common
 def command(
@@ -33,6 +34,7 @@ def command(
     verify_source: bool,
     memory: int | None,
     tensorboard: bool,
+    grace: float,
     settings: tuple[str, ...],
     limit: int | None,
     batch_size: int | None,
@@ -66,7 +68,7 @@ def command(
     data = loaded.data()
     splits = sources(data, limit)
     events = Events(out) if tensorboard else None
-    with ui.stoppable() as stop:
+    with ui.stoppable(grace) as stop:
         if verify_source:
             for split in (name for name in splits if name in cache.plan.splits):
                 own = cache.verify_source(splits[split], split)

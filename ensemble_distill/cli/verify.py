@@ -34,11 +34,10 @@ def command(cache: str, as_json: bool, workers: int, limit: int | None, quiet: b
     Example:
       ensemble-distill verify caches/fmnist
     """
-    from ensemble_distill.cache.plan import Plan
+    from ensemble_distill.cache.verify import Verdict, verify
     from ensemble_distill.cli import console as ui
     from ensemble_distill.errors import Corrupt
     from ensemble_distill.store.store import open_store
-    from ensemble_distill.store.verify import Verdict, verify
 
     console = ui.Console(quiet or as_json)
 
@@ -46,22 +45,17 @@ def command(cache: str, as_json: bool, workers: int, limit: int | None, quiet: b
         console.progress(f"{verdict.files} files, {ui.size(verdict.bytes)}, {len(verdict.damaged)} damaged")
 
     store = open_store(cache)
-
-    def within(unit: str) -> bool:
-        return limit is None or plan.locate(unit).first < limit
-
     with console.live():
-        if limit is not None:
-            plan = store.plan(store.plans()[0], Plan)
-        verdict = verify(store, report, workers, within)
+        verdict = verify(store, report, workers, limit)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(verdict) | {"ok": verdict.ok}, indent=1))
-    for problem in verdict.damaged[:20]:
-        console.say(f"damaged: {problem}")
+        damaged = [str(damage) for damage in verdict.damaged]
+        click.echo(json.dumps(dataclasses.asdict(verdict) | {"damaged": damaged, "ok": verdict.ok}, indent=1))
+    for damage in verdict.damaged[:20]:
+        console.say(f"damaged: {damage}")
     if not verdict.ok:
         raise Corrupt(
             f"{cache}: {len(verdict.damaged)} of {verdict.files} files are damaged or missing",
-            hint="restore them from a copy of the cache, or capture into another directory",
+            hint=f"ensemble-distill repair {cache} PIPELINE captures them again; or restore them from a copy",
         )
     state = (
         f"manifest digest {verdict.manifest_digest}"

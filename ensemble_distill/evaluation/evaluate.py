@@ -23,6 +23,7 @@ from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.store.store import is_url
 from ensemble_distill.targets import Targets
 
 
@@ -101,10 +102,10 @@ def _plain(source: Source, batch_size: int) -> Iterator[_Plain]:
         yield _Plain(inputs, labels, None)
 
 
-def run_cache(run: str | Path) -> Path | None:
-    """The cache that a run was trained from, if its directory is still there."""
-    path = Path(_config(run)["cache"])
-    return path if path.is_dir() else None
+def run_cache(run: str | Path) -> str | None:
+    """The cache that a run was trained from, if it is a bucket or its directory is still there."""
+    place = str(_config(run)["cache"])
+    return place if is_url(place) or Path(place).is_dir() else None
 
 
 def check_same_cache(run: str | Path, cache: Cache) -> None:
@@ -112,7 +113,7 @@ def check_same_cache(run: str | Path, cache: Cache) -> None:
     expected = _config(run)["cache_content"]
     if cache.content_digest != expected:
         raise Mismatch(
-            f"{cache.path} has content digest {cache.content_digest}, {run} was trained from {expected}",
+            f"{cache.root} has content digest {cache.content_digest}, {run} was trained from {expected}",
             hint="name the cache to compare with: --cache DIR",
         )
 

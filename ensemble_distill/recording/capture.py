@@ -1,45 +1,54 @@
 """Capture: work items through the ensemble into committed units, and the seal at the end.
 
 A thread reads and renders ahead, the calling thread runs the members, another builds and commits shards.
+Any number of processes may do this in one cache at once: leases share the items out, commits decide.
 """
 
 from __future__ import annotations
 
-import shutil
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from ensemble_distill.cache.cache import TARGETS, read, render_inputs
+from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
-from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, StorageError
-from ensemble_distill.fingerprint import json_digest, sha256
+from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
 from ensemble_distill.metrics import Tally
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
+from ensemble_distill.recording.planning import refuse_difference
+from ensemble_distill.recording.seal import seal
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest, Page, dump
+from ensemble_distill.store.leases import Leases
+from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 
 
 @dataclass
 class Progress:
-    """How far a capture is. seconds: what the calling thread spent on each, since the start."""
+    """How far a capture is. seconds: what the calling thread spent on each, since the start.
+
+    ``late``: units that another worker had committed when this one came to it.
+    """
 
     units: int
     units_total: int
     rows: int = 0
     bytes: int = 0
+    late: int = 0
     started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=lambda: {"source": 0.0, "teachers": 0.0, "disk": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"source": 0.0, "teachers": 0.0, "disk": 0.0, "others": 0.0}
+    )
 
     @property
     def seconds_so_far(self) -> float:
@@ -62,7 +71,8 @@ class Progress:
     @property
     def shares(self) -> str:
         total = sum(self.seconds.values()) or 1.0
-        return ", ".join(f"{name} {value / total:.0%}" for name, value in self.seconds.items())
+        shown = {name: value for name, value in self.seconds.items() if value or name != "others"}
+        return ", ".join(f"{name} {value / total:.0%}" for name, value in shown.items())
 
 
 @dataclass(frozen=True)
@@ -77,53 +87,123 @@ class _Piece:
     last_of_item: bool
 
 
+# Seconds left before the process has to be gone, or None while nobody asked it to stop.
+Stop = Callable[[], float | None]
+
+POLL = 0.5
+
+
 class Recorder:
     """Fills a store with the units that its plan still lacks, then seals it."""
 
-    def __init__(self, plan: Plan, ensemble: Ensemble, sources: Mapping[str, Source], store: Store) -> None:
-        self.plan, self.ensemble, self.sources, self.store = plan, ensemble, sources, store
+    def __init__(
+        self, plan: Plan, ensemble: Ensemble, sources: Mapping[str, Source], store: Store, leases: Leases
+    ) -> None:
+        self.plan, self.ensemble, self.sources, self.store, self.leases = plan, ensemble, sources, store, leases
         self.provenance = provenance() | {"device": ",".join(map(str, dict.fromkeys(ensemble.devices)))}
         self.progress = Progress(units=0, units_total=plan.units)
-        self._done: set[str] = set()
+        self._done = np.zeros(0, bool)
         self._digest = ""
 
     def run(
         self,
         report: Callable[[Progress], None] = lambda progress: None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Stop = lambda: None,
         workers: int = 1,
-    ) -> str:
-        """Capture what is missing and seal; the manifest's digest. Interrupted when ``stop`` says so."""
-        self._done = self.store.committed()
-        todo = [i for i in self.plan.items() if any(i.unit(g) not in self._done for g in self.plan.groups)]
-        self._check_space(todo)
-        self._digest = self.store.put_plan(self.plan)
-        if self.store.plans() != [self._digest]:
-            raise Mismatch(
-                f"{self.store.root}: another capture with another plan began here at the same time",
-                hint="choose another --out",
-            )
-        self.progress = progress = Progress(units=len(self._done), units_total=self.plan.units)
+        span: range | None = None,
+    ) -> str | None:
+        """Capture what is missing and seal; the manifest's digest, or None where units outside ``span`` are missing.
+
+        ``span``: the numbers of the units to care for. Interrupted when ``stop`` says so.
+        """
+        self._done = committed_units(self.store, self.plan)
+        self._check_space(span)
+        self._digest = self._adopt_plan()
+        self.progress = progress = Progress(units=int(self._done.sum()), units_total=self.plan.units)
         report(progress)
-        with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
-            self._capture(todo, progress, report, stop, workers, writer)
-        return seal(self.plan, self.store)
+        with self.leases.renewing(), ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
+            while len(todo := self._todo(span)):
+                rows, late = progress.rows, progress.late
+                self._capture(self._claim(todo), report, stop, workers, writer)
+                if (rows, late) == (progress.rows, progress.late):
+                    self._wait(stop, report)
+                self._done |= committed_units(self.store, self.plan)  # a bucket's listing may be behind
+                progress.units = int(self._done.sum())
+        report(progress)
+        return seal(self.plan, self._digest, self.store, self._done) if self._done.all() else None
+
+    # What to do -------------------------------------------------------------------------------------
+
+    def _todo(self, span: range | None) -> np.ndarray:
+        """The numbers of the work items that lack a unit, int64 [n]."""
+        todo = np.flatnonzero(~self._done.reshape(-1, len(self.plan.groups)).all(axis=1))
+        if span is not None:
+            first_unit = todo * len(self.plan.groups)  # an item belongs to the span that holds its first unit
+            todo = todo[(first_unit >= span.start) & (first_unit < span.stop)]
+        return todo
+
+    def _claim(self, todo: np.ndarray) -> Iterator[WorkItem]:
+        """The items that this worker may do now; what others are at work on is left out."""
+        if self.leases.live():
+            todo = np.roll(todo, secrets.randbelow(len(todo)))  # begin elsewhere than they did
+        for number in todo:
+            item = self.plan.item(int(number))
+            if not self.leases.claim(item.name):
+                continue
+            units = [item.unit(group) for group in self.plan.groups]
+            if all(map(self.store.is_committed, units)):
+                self.progress.late += len(units)
+                self._mark(units)
+                self.leases.release(item.name)
+                continue
+            yield item
+
+    def _wait(self, stop: Stop, report: Callable[[Progress], None]) -> None:
+        """Others hold all that is left: look again soon, for they may die."""
+        if stop() is not None:
+            raise self._interrupted()
+        time.sleep(POLL)
+        self.progress.seconds["others"] += POLL
+        report(self.progress)
+
+    def _adopt_plan(self) -> str:
+        """Make this the cache's plan; Mismatch if another stands there."""
+        digest = self.store.put_plan(self.plan)
+        held = self.store.plan(digest, Plan)
+        if held != self.plan and self.ensemble.config.precision == "auto":
+            # Two workers that plan at once may have measured differently: the first plan decides.
+            capture = self.plan.capture.model_copy(update={"precision": held.capture.precision})
+            self.plan = self.plan.model_copy(update={"capture": capture})
+            self.ensemble.precision = held.capture.precision
+        refuse_difference(held, self.plan, self.store.root)
+        return digest
+
+    def _check_space(self, span: range | None) -> None:
+        needed = int(self.plan.item_rows()[self._todo(span)].sum()) * self.plan.bytes_per_row
+        free = self.store.storage.free()
+        if free is not None and needed > free:
+            raise StorageError(
+                f"{self.store.root}: the capture needs {needed / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free",
+                hint="free some space, or choose another --out",
+            )
+
+    # Doing it ---------------------------------------------------------------------------------------
 
     def _capture(
         self,
-        todo: list[WorkItem],
-        progress: Progress,
+        items: Iterator[WorkItem],
         report: Callable[[Progress], None],
-        stop: Callable[[], bool],
+        stop: Stop,
         workers: int,
         writer: ThreadPoolExecutor,
     ) -> None:
         pending: Future[list[Commit]] | None = None
         opened: _OpenItem | None = None
-        pieces = prefetch(self._pieces(todo), workers)
+        progress = self.progress
+        pieces = prefetch(self._pieces(items), workers)
         try:
             for piece in timed(pieces, progress.waited):
-                if stop():
+                if (left := stop()) is not None and (opened is None or self._seconds(opened) > left / 2):
                     raise Interrupted("")
                 opened = opened or _OpenItem(piece.item, self.plan, self.ensemble.names)
                 start = time.perf_counter()
@@ -132,24 +212,28 @@ class Recorder:
                 progress.seconds["teachers"] += time.perf_counter() - start
                 progress.rows += len(piece.keys)
                 if piece.last_of_item:
-                    self._finish(pending, progress)
+                    self._finish(pending)
                     pending, opened = writer.submit(self._commit, opened), None
                 report(progress)
-            self._finish(pending, progress)
+            self._finish(pending)
         except (Interrupted, KeyboardInterrupt):
-            self._finish(pending, progress)
-            raise Interrupted(
-                f"{progress.units}/{progress.units_total} units committed",
-                hint="run the same command to go on",
-            ) from None
+            self._finish(pending)
+            raise self._interrupted() from None
         finally:
             pieces.close()  # type: ignore[attr-defined]
-        report(progress)
 
-    def _pieces(self, todo: list[WorkItem]) -> Iterator[Callable[[], _Piece]]:
+    def _interrupted(self) -> Interrupted:
+        done, total = self.progress.units, self.progress.units_total
+        return Interrupted(f"{done}/{total} units committed", hint="run the same command to go on")
+
+    def _seconds(self, opened: _OpenItem) -> float:
+        """What the rest of an item will take, at the speed so far."""
+        return opened.missing / max(1e-9, self.progress.rows_per_second)
+
+    def _pieces(self, items: Iterator[WorkItem]) -> Iterator[Callable[[], _Piece]]:
         """Batches of nearly equal size that never cross a work item."""
-        for item in todo:
-            count = -(-(item.last - item.first) // self.plan.capture.batch_size)
+        for item in items:
+            count = -(-item.rows // self.plan.capture.batch_size)
             for i, part in enumerate(np.array_split(np.arange(item.first, item.last), count)):
                 yield partial(self._read, item, part, i == count - 1)
 
@@ -176,39 +260,36 @@ class Recorder:
         for group in self.plan.groups:
             statistics = opened.tally.state() if group.name == TARGETS else None
             records, unit = opened.records[group.name], item.unit(group)
-            commits.append(
-                self.store.put_unit(self._digest, unit, records, self.plan.format, keys, statistics, self.provenance)
+            commit, first = self.store.put_unit(
+                self._digest, unit, records, self.plan.format, keys, statistics, self.provenance
             )
+            self.progress.late += not (first or self._done[self.plan.unit_number(unit)])
+            commits.append(commit)
+        self.leases.release(item.name)
         return commits
 
-    def _finish(self, pending: Future[list[Commit]] | None, progress: Progress) -> None:
-        if pending is not None:
-            start = time.perf_counter()
-            commits = pending.result()
-            progress.seconds["disk"] += time.perf_counter() - start
-            self._done |= {commit.unit for commit in commits}
-            progress.units = len(self._done)
-            progress.bytes += sum(commit.size for commit in commits)
+    def _mark(self, units: list[str]) -> None:
+        for unit in units:
+            number = self.plan.unit_number(unit)
+            self.progress.units += not self._done[number]
+            self._done[number] = True
 
-    def _check_space(self, todo: list[WorkItem]) -> None:
-        needed = sum((i.last - i.first) * self.plan.bytes_per_row for i in todo)
-        root = Path(self.store.root).absolute()
-        while not root.exists():
-            root = root.parent
-        free = shutil.disk_usage(root).free
-        if needed > free:
-            raise StorageError(
-                f"{self.store.root}: the capture needs {needed / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free",
-                hint="free some space, or choose another --out",
-            )
+    def _finish(self, pending: Future[list[Commit]] | None) -> None:
+        if pending is None:
+            return
+        start = time.perf_counter()
+        commits = pending.result()
+        self.progress.seconds["disk"] += time.perf_counter() - start
+        self._mark([commit.unit for commit in commits])
+        self.progress.bytes += sum(commit.size for commit in commits)
 
 
 class _OpenItem:
-    """The records of one work item while they are filled."""
+    """The records of one work item while they are filled; ``missing`` rows are still to come."""
 
     def __init__(self, item: WorkItem, plan: Plan, members: list[str]) -> None:
         self.item = item
-        rows = item.last - item.first
+        rows = self.missing = item.rows
         self._fields = {f.name: (g.name, f.codec) for g in plan.groups for f in g.fields}
         # zeros: the padding inside records is part of what is hashed and committed
         self.records = {g.name: np.zeros(rows, g.dtype) for g in plan.groups}
@@ -219,67 +300,8 @@ class _OpenItem:
         start = piece.first - self.item.first
         part = slice(start, start + len(piece.keys))
         self.keys[part] = piece.keys
+        self.missing -= len(piece.keys)
         for name, values in {"main/logprobs": outputs.logprobs, **outputs.features}.items():
             group, codec = self._fields[name]
             self.records[group][name][part] = codec.encode(values).cpu().numpy()
         self.tally.add([*outputs.members, outputs.logprobs], piece.labels)
-
-
-def seal(plan: Plan, store: Store) -> str:
-    """Write the manifest of a complete store and put it in force; its digest."""
-    units = [(item, group) for item in plan.items() for group in plan.groups]
-    commits = [store.commit(item.unit(group)) for item, group in units]
-    plan_digest = store.put_plan(plan)
-    keys: dict[str, dict[int, str]] = {}
-    tallies: dict[str, Tally] = {}
-    for (item, _), commit in zip(units, commits, strict=True):
-        if commit.plan != plan_digest:
-            raise Corrupt(f"{store.root}: unit {commit.unit} was captured under another plan")
-        held = keys.setdefault(item.split, {}).setdefault(item.page, commit.keys)
-        if held != commit.keys:
-            raise Corrupt(f"{store.root}: unit {commit.unit} belongs to other samples than the units beside it")
-        if commit.statistics is not None:
-            tally = Tally.from_state(commit.statistics)
-            tallies.setdefault(item.split, Tally.empty(tally.names)).merge(tally)
-    for split, pages_of_split in keys.items():
-        for page, digest in pages_of_split.items():
-            store.keys(split, page, digest)  # a damaged page must not be sealed
-    pages = [Page(commits=tuple(commits[i : i + PAGE_UNITS])) for i in range(0, len(commits), PAGE_UNITS)]
-    manifest = Manifest(
-        plan=plan_digest,
-        pages=tuple(sha256(dump(page)) for page in pages),
-        keys={split: tuple(digest for _, digest in sorted(held.items())) for split, held in keys.items()},
-        content_digest=content_digest(plan, commits, keys),
-        units=len(commits),
-        rows=plan.rows,
-        bytes=sum(commit.size for commit in commits),
-        statistics={split: tally.report() for split, tally in tallies.items()},
-        provenance=_summary([commit.provenance for commit in commits]),
-    )
-    return store.put_manifest(manifest, pages)
-
-
-def content_digest(plan: Plan, commits: list[Commit], keys: Mapping[str, Mapping[int, str]]) -> str:
-    """The identity of what a cache says: reading section, keys, labels, logical content of every unit.
-
-    Not of how it is stored: HDF5 and Parquet give the same, and so do any workers in any order.
-    """
-    return json_digest(
-        {
-            "reading": plan.reading.model_dump(mode="json"),
-            "splits": {name: [s.rows, s.views, s.labels] for name, s in plan.splits.items()},
-            "keys": {split: {str(page): digest for page, digest in held.items()} for split, held in keys.items()},
-            "units": {commit.unit: commit.content for commit in commits},
-        }
-    )
-
-
-def _summary(parts: list[dict[str, object]]) -> dict[str, object]:
-    """Distinct values of each provenance field over the units, times as first and last."""
-    times = sorted(str(part["time"]) for part in parts)
-    rest: dict[str, list[object]] = {}
-    for part in parts:
-        for name, value in part.items():
-            if name != "time" and value not in rest.setdefault(name, []):
-                rest[name].append(value)
-    return {**rest, "time": [times[0], times[-1]]}

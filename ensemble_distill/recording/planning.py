@@ -19,6 +19,7 @@ from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.sources.arrays import Source, check_label_range
+from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import Store
 
 PROBE_ROWS = 128
@@ -29,6 +30,7 @@ def prepare(
     config: CacheConfig,
     sources: Mapping[str, Source],
     store: Store,
+    leases: Leases,
     devices: Sequence[torch.device],
 ) -> tuple[Plan, Ensemble]:
     """The plan of this capture and the ensemble, ready to run.
@@ -39,11 +41,6 @@ def prepare(
     members = [load_member(member) for member in config.members]
     ensemble = Ensemble(members, config, len(data.classes), devices)
     held = existing_plan(store)
-    if held is not None and not store.committed():
-        # Nothing was captured under it: another batch size or precision may be tried in the same place.
-        for digest in store.plans():
-            store.drop_plan(digest)
-        held = None
     reading = Reading(
         classes=data.classes,
         heads={"main": len(data.classes)},
@@ -71,14 +68,17 @@ def prepare(
         for name, split in splits.items()
     }
     plan = Plan(reading=reading, capture=capture, format=config.format, splits=sized, groups=groups)
-    if held is not None:
-        refuse_difference(held, plan, str(store.root))
+    if held is not None and held != plan:
+        if next(store.committed(), None) is not None or leases.live():
+            refuse_difference(held, plan, store.root)
+        # Nothing was captured under it: another batch size or precision may be tried in the same place.
+        store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
 
 
 def existing_plan(store: Store) -> Plan | None:
-    digests = store.plans()
-    return store.plan(digests[0], Plan) if digests else None
+    digest = store.plan_digest()
+    return store.plan(digest, Plan) if digest else None
 
 
 def refuse_difference(held: Plan, plan: Plan, where: str) -> None:

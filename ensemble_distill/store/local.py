@@ -1,4 +1,4 @@
-"""Bytes at names in a local directory: create-once, read, list, replace.
+"""Bytes at names in a local directory.
 
 Every file the tool writes goes through ``create`` or ``replace``, and both are durable when they return:
 temporary name in the same directory, fsync, link (or rename), fsync of the directory. What stands under
@@ -10,115 +10,222 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from ensemble_distill.errors import Corrupt, StorageError, Unsafe
+from ensemble_distill.store.storage import MAX_RECORD, check_name, is_name
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+READ = 8 << 20
+
+
+class System:
+    """The calls to the operating system that a local storage makes, one method each: where tests put faults."""
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir()
+
+    def open_new(self, path: Path) -> int:
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+
+    def write(self, handle: int, data: memoryview) -> int:
+        return os.write(handle, data)
+
+    def sync(self, handle: int) -> None:
+        os.fsync(handle)
+
+    def close(self, handle: int) -> None:
+        os.close(handle)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def sync_directory(self, path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def open(self, name: str, directory: int | None = None) -> int:
+        # NOFOLLOW: a cache from a stranger may hold links. NONBLOCK: it may hold a pipe, which would wait for ever.
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+
+    def open_directory(self, name: str, directory: int | None = None) -> int:
+        follow = 0 if directory is None else os.O_NOFOLLOW  # the root may be a link: its owner chose it
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | follow, dir_fd=directory)
+
+    def read(self, handle: int, count: int, offset: int) -> bytes:
+        return os.pread(handle, count, offset)
 
 
 class LocalStorage:
-    """A directory; names are relative, derived from digests and plans, and checked all the same."""
+    """A directory. ``sync=False`` leaves out the fsyncs, for files that may be lost."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Path, system: System | None = None, sync: bool = True) -> None:
+        self.path = Path(root)
+        self.root = str(root)
+        self._system = system or System()
+        self._sync = sync
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write ``name`` unless it exists; True if this call created it. Durable on return."""
         path = self._path(name)
         created = False
-        if not path.exists():
-            with self._temporary(path, data) as part, contextlib.suppress(FileExistsError):
-                os.link(part, path)
-                created = True
-        # Also where it stood already: whoever linked it may have died before its name was durable.
-        _sync_directory(path.parent)
+        with _errors(path):
+            if not os.path.lexists(path):
+                with self._temporary(path, data) as part, contextlib.suppress(FileExistsError):
+                    self._system.link(part, path)
+                    created = True
+            if self._sync:
+                # Also where it stood already: whoever linked it may have died before its name was durable.
+                self._system.sync_directory(path.parent)
         return created
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write ``name`` whole, over whatever was there. Durable on return."""
         path = self._path(name)
-        with self._temporary(path, data) as part:
-            os.replace(part, path)
-            _sync_directory(path.parent)
+        with _errors(path), self._temporary(path, data) as part:
+            self._system.rename(part, path)
+            if self._sync:
+                self._system.sync_directory(path.parent)
 
-    def read(self, name: str) -> bytes:
-        """The whole of ``name``; Corrupt if it is missing, since names are only read where a record names them."""
+    def read(self, name: str, at_most: int = MAX_RECORD) -> bytes:
         path = self._path(name)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise Corrupt(f"{path} is missing") from None
-        except OSError as error:
-            raise storage_error(path, error) from error
+        with _errors(path), self._opened(name) as handle:
+            size = os.fstat(handle).st_size
+            if size > at_most:
+                raise Unsafe(f"{path} holds {size} bytes, it can hold at most {at_most}")
+            parts, offset = [], 0
+            while offset < size and (part := self._system.read(handle, min(READ, size - offset), offset)):
+                parts.append(part)
+                offset += len(part)
+            return b"".join(parts) if len(parts) != 1 else parts[0]
+
+    def size(self, name: str) -> int | None:
+        path = self._path(name)
+        with _errors(path):
+            try:
+                found = path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def list(self, folder: str) -> Iterator[str]:
+        path = self._path(folder)
+        with _errors(path):
+            try:
+                entries = os.scandir(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            with entries:
+                for entry in entries:
+                    if is_name(entry.name):
+                        yield f"{folder}/{entry.name}"
 
     def remove(self, name: str) -> None:
-        """Delete ``name`` if it is there. Durable on return."""
         path = self._path(name)
-        path.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        with _errors(path):
+            with contextlib.suppress(FileNotFoundError):
+                self._system.unlink(path)
+            if self._sync and path.parent.is_dir():
+                self._system.sync_directory(path.parent)
 
-    def exists(self, name: str) -> bool:
-        return self._path(name).is_file()
+    def free(self) -> int:
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
 
-    def list(self, prefix: str) -> list[str]:
-        """The names directly under a folder, sorted, temporaries left out."""
-        folder = self._path(prefix)
-        if not folder.is_dir():
-            return []
-        return sorted(f"{prefix}/{e.name}" for e in os.scandir(folder) if _NAME.fullmatch(e.name))
+    def temporaries(self) -> Iterator[Path]:
+        """What killed writers left: files under temporary names, of any age."""
+        for folder, _, files in os.walk(self.path):
+            yield from (Path(folder) / name for name in files if name.startswith(".") and name.endswith(".part"))
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise Unsafe(f"{self.root}: {name!r} is no name that a cache could hold")
-        return self.root / name
+        return self.path / check_name(name, self.root)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """The file, reached without following a link below the root; Unsafe if it is no plain file."""
+        *folders, last = name.split("/")
+        held: list[int] = []
+        try:
+            held.append(self._system.open_directory(str(self.path)))
+            for folder in folders:
+                held.append(self._system.open_directory(folder, held[-1]))
+            held.append(self._system.open(last, held[-1]))
+            if not stat.S_ISREG(os.fstat(held[-1]).st_mode):
+                raise Unsafe(f"{self.path / name} is no plain file")
+            yield held[-1]
+        except FileNotFoundError:
+            raise Corrupt(f"{self.path / name} is missing") from None
+        except OSError as error:
+            # What lies on the way is a link (ELOOP, or ENOTDIR where a folder was asked for), a socket or a device.
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EMLINK):
+                raise Unsafe(f"{self.path / name} is no plain file in plain folders") from None
+            raise
+        finally:
+            for handle in reversed(held):
+                os.close(handle)
 
     @contextlib.contextmanager
     def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
         # A leading dot keeps it out of list(); the random part keeps writers out of each other's way.
-        part = path.parent / f".{path.name}.{secrets.token_hex(6)}.part"
+        part = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}.part"
+        self._make_directory(path.parent)
         try:
-            _make_directory(path.parent)
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            handle = self._system.open_new(part)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[self._system.write(handle, view) :]
+                if self._sync:
+                    self._system.sync(handle)
+            finally:
+                self._system.close(handle)
             yield part
-        except OSError as error:
-            raise storage_error(path, error) from error
         finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # renamed, or gone with the disk
+                self._system.unlink(part)
+
+    def _make_directory(self, path: Path) -> None:
+        """mkdir -p in which each new entry is durable; no link below the root is followed."""
+        if path.is_dir():
+            if path != self.path and path.is_symlink():
+                raise Unsafe(f"{path} is a link, expected a folder")
+            return
+        self._make_directory(path.parent)
+        with contextlib.suppress(FileExistsError):
+            self._system.mkdir(path)
+        if self._sync:
+            self._system.sync_directory(path.parent)
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path | str, error: OSError) -> StorageError:
     """The one sentence for an operating system error, with what to do about the frequent ones."""
     hints = {
         errno.ENOSPC: "free some space and run the same command again; everything committed is safe",
         errno.EDQUOT: "your quota is full: free some space and run the same command again",
         errno.EACCES: "check the permissions of the directory",
+        errno.EPERM: "check the permissions of the directory",
         errno.EROFS: "the file system is read-only: choose another directory",
+        errno.EIO: "the disk failed: look at the system's log; everything committed can be checked with `verify`",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return StorageError(f"{path}: {reason}", hint=hints.get(error.errno or 0, "run the same command again"))
-
-
-def _make_directory(path: Path) -> None:
-    """mkdir -p in which each new entry is durable."""
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

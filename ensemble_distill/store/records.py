@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ensemble_distill.config import Config, explain
 from ensemble_distill.errors import Corrupt, Mismatch
@@ -16,6 +15,14 @@ from ensemble_distill.formats.layout import Segment
 BLOCK = 1 << 20
 PAGE_UNITS = 4096
 SCHEMA = 1
+
+# The largest that a stranger's record may be; what the tool writes is a hundredth of it.
+MAX_PLAN = 64 << 20
+MAX_COMMIT = 1 << 20
+MAX_PAGE = 256 << 20
+MAX_MANIFEST = 64 << 20
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Commit(Config):
@@ -28,13 +35,13 @@ class Commit(Config):
 
     plan: str
     unit: str
-    object: str
-    size: int
-    rows: int
+    object: str = Field(pattern=r"^[0-9a-f]{64}\.(h5|parquet)$")
+    size: int = Field(ge=0)
+    rows: int = Field(ge=0)
     segments: tuple[Segment, ...]
-    blocks: tuple[str, ...]
+    blocks: tuple[Digest, ...]
     content: str
-    keys: str
+    keys: Digest
     statistics: dict[str, Any] | None = None
     provenance: dict[str, Any] = {}
 
@@ -44,13 +51,12 @@ class Page(Config):
 
 
 class Manifest(Config):
-    """What was sealed: a plan, its units by page, its key pages, what the units add up to."""
+    """What was sealed: a plan, the pages of its commits in the order of its units, and what they add up to."""
 
     schema_version: Literal[1] = 1
-    plan: str
-    pages: tuple[str, ...]
-    keys: dict[str, tuple[str, ...]]
-    content_digest: str
+    plan: Digest
+    pages: tuple[Digest, ...]
+    content_digest: Digest
     units: int
     rows: int
     bytes: int
@@ -66,22 +72,25 @@ def dump(record: Config) -> bytes:
 
 
 def load(kind: type[R], data: bytes, where: str) -> R:
-    """Parse a record; Corrupt if it is not the canonical JSON of one, Mismatch if it is of another version."""
+    """Parse a record; Corrupt if it is not the canonical JSON of one, Mismatch if it is of another version.
+
+    Only the bytes that ``dump`` gives are accepted, so a key that stands twice, NaN, spaces or another order
+    of keys are refused.
+    """
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{where}: not the JSON that was written ({error})") from error
-    version = value.get("schema_version", SCHEMA) if isinstance(value, dict) else SCHEMA
-    if version != SCHEMA:
-        raise Mismatch(
-            f"{where}: schema version {version}, this release reads {SCHEMA}",
-            hint="use the release of ensemble-distill that wrote it",
-        )
-    try:
-        record = kind.model_validate(value)
+        record = kind.model_validate_json(data)
+        canonical = dump(record) == data
     except ValidationError as error:
-        raise Corrupt(f"{where}: {explain(error, kind)}") from error
-    if dump(record) != data:
+        for problem in error.errors():
+            if problem["loc"] == ("schema_version",):
+                raise Mismatch(
+                    f"{where}: schema version {problem['input']}, this release reads {SCHEMA}",
+                    hint="use the release of ensemble-distill that wrote it",
+                ) from error
+        raise Corrupt(f"{where}: {explain(error, kind)[:500]}") from error
+    except (ValueError, RecursionError) as error:  # NaN, or text that is no text
+        raise Corrupt(f"{where}: not the JSON that was written ({error})") from error
+    if not canonical:
         raise Corrupt(f"{where}: its bytes are not those that were written")
     return record
 
@@ -95,13 +104,28 @@ def load_hashed(kind: type[R], data: bytes, digest: str, where: str) -> R:
 
 def seal(record: Config) -> bytes:
     """A record with its own SHA-256 in front: for files whose name cannot say it (commits)."""
-    body = dump(record)
+    return sealed(dump(record))
+
+
+def sealed(body: bytes) -> bytes:
     return sha256(body).encode() + b"\n" + body
 
 
-def unseal(kind: type[R], data: bytes, where: str) -> R:
+def unsealed(data: bytes, where: str) -> bytes:
+    """The body of a sealed record; Corrupt if it is not the one that was sealed."""
     digest, _, body = data.partition(b"\n")
-    return load_hashed(kind, body, digest.decode("latin-1"), where)
+    if sha256(body).encode() != digest:
+        raise Corrupt(f"{where} is damaged: its SHA-256 is {sha256(body)[:12]}…, expected {digest[:12]!r}…")
+    return body
+
+
+def unseal(kind: type[R], data: bytes, where: str) -> R:
+    return load(kind, unsealed(data, where), where)
+
+
+def page(bodies: list[bytes]) -> bytes:
+    """The canonical JSON of a Page, from those of its commits."""
+    return b'{"commits":[' + b",".join(bodies) + b"]}"
 
 
 def block_hashes(data: bytes) -> tuple[str, ...]:
@@ -124,14 +148,3 @@ def content_hash(records: np.ndarray) -> str:
         assert column.dtype.byteorder in "<=|"
         parts.append([name, column.dtype.str, list(column.shape), sha256(column.tobytes())])
     return sha256(canonical_json(parts))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")

@@ -1,57 +1,73 @@
-"""The store: units are committed once, sealed into a manifest, and read back against their hashes.
+"""One cache directory: plans, key pages, shards, commits, manifests, and the order in which they become real.
 
-    plans/<digest>.json          create-once
-    keys/<split>-<n>             create-once pages of the key table, 16 bytes a sample in source order
-    objects/<root>.h5|.parquet   immutable shards, named by content
-    commits/<unit>.json          create-once: the only commit point
-    manifests/<digest>/…         create-once, by seal
-    CURRENT                      the digest of the manifest in force
+    cache/
+      PLAN                       create-once: the digest of the plan that the cache is captured under
+      plans/<digest>.json        the plan
+      keys/<split>-<n>           create-once pages of the key table
+      objects/<root>.h5          immutable shards, named by content (.parquet likewise)
+      commits/<unit>.json        create-once: the only commit point
+      pages/<digest>.json        up to 4096 commits of a sealed cache, in the order of the units
+      manifests/<digest>.json    what was sealed
+      CURRENT                    the digest of the manifest in force
+      leases/<item>              who is at work on what; only saves work
 
-Files only appear whole, under their names; a commit is created after its object and its key page are
-durable. So a process may die anywhere: what was acknowledged is there, and what was not is done again.
+A unit exists when its commit does. Its shard and key page were durable before, so a commit never names
+what is not there; whatever has no commit may be dropped and made again.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ensemble_distill.config import Config
-from ensemble_distill.errors import Corrupt, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, Mismatch, StorageError, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, sha256
 from ensemble_distill.formats import SUFFIX, encode
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit, Manifest, Page
+from ensemble_distill.store.storage import Storage
+
+MEND = "mend it with `ensemble-distill repair`, or restore the file from a copy of the cache"
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class Store:
-    """Reads and writes one cache directory. Knows units by name; what they mean is the plan's business."""
+    """Reads and writes one cache. Knows units by name; what they mean is the plan's business."""
 
-    def __init__(self, storage: LocalStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.root = storage.root
 
     # Writing ----------------------------------------------------------------------------------------
 
     def put_plan(self, plan: Config) -> str:
+        """Make this the plan of the cache unless there is one; the digest of the plan that is."""
         data = records.dump(plan)
         digest = sha256(data)
         self.storage.create(f"plans/{digest}.json", data)
+        if not self.storage.create("PLAN", f"{digest}\n".encode()):
+            return self.plan_digest() or digest
         return digest
+
+    def drop_plan(self, digest: str) -> None:
+        """Forget a plan under which nothing was committed."""
+        self.storage.remove("PLAN")
+        self.storage.remove(f"plans/{digest}.json")
 
     def put_keys(self, split: str, page: int, keys: np.ndarray) -> str:
         """Commit one page of the key table (uint8 [rows, 16]); Mismatch if another content stands there."""
         name, data = f"keys/{split}-{page:08d}", keys.tobytes()
-        if not self.storage.create(name, data) and (held := self.storage.read(name)) != data:
+        if not self.storage.create(name, data) and (held := self.storage.read(name, len(data))) != data:
             witnesses = {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
             if len(held) != len(data) or (witnesses and witnesses != {sha256(held)}):
-                raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=_MEND)
+                raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
             old = np.frombuffer(held, np.uint8).reshape(-1, KEY_BYTES)
             row = int(np.argmax((old != keys).any(axis=1)))
             raise Mismatch(
@@ -70,8 +86,11 @@ class Store:
         keys: str,
         statistics: dict[str, Any] | None,
         provenance: dict[str, Any],
-    ) -> Commit:
-        """Write one unit's records (structured [N]) as a shard and commit it; the first commit wins."""
+    ) -> tuple[Commit, bool]:
+        """Write one unit's records (structured [N]) as a shard and commit it.
+
+        The first commit wins: False says that another writer's stands, which may be of another shard.
+        """
         data, segments = encode(format, rows)
         blocks = records.block_hashes(data)
         commit = Commit(
@@ -88,125 +107,164 @@ class Store:
             provenance=provenance,
         )
         self.storage.create(f"objects/{commit.object}", data)
-        self.storage.create(f"commits/{unit}.json", records.seal(commit))
-        return commit
+        return commit, self.storage.create(f"commits/{unit}.json", records.seal(commit))
 
-    def put_manifest(self, manifest: Manifest, pages: list[Page]) -> str:
-        """Seal: pages first, then the manifest, then the pointer to it."""
+    def put_page(self, bodies: list[bytes]) -> str:
+        """A page of a manifest, from its commits' bodies; its digest."""
+        data = records.page(bodies)
+        digest = sha256(data)
+        self.storage.create(f"pages/{digest}.json", data)
+        return digest
+
+    def put_manifest(self, manifest: Manifest) -> str:
+        """Seal: the manifest, whose pages are written, and then the pointer to it."""
         data = records.dump(manifest)
         digest = sha256(data)
-        for i, page in enumerate(pages):
-            self.storage.create(f"manifests/{digest}/page-{i:06d}.json", records.dump(page))
-        self.storage.create(f"manifests/{digest}/manifest.json", data)
+        self.storage.create(f"manifests/{digest}.json", data)
         self.storage.replace("CURRENT", f"{digest}\n".encode())
         return digest
 
-    def drop_plan(self, digest: str) -> None:
-        """Forget a plan under which nothing was committed."""
-        self.storage.remove(f"plans/{digest}.json")
-
     # Reading ----------------------------------------------------------------------------------------
 
-    def plans(self) -> list[str]:
-        return [Path(name).stem for name in self.storage.list("plans")]
-
-    def plan(self, digest: str, kind: type[records.R]) -> records.R:
-        name = f"plans/{_hex(digest, self.root)}.json"
-        return records.load_hashed(kind, self.storage.read(name), digest, f"{self.root}/{name}")
-
-    def committed(self) -> set[str]:
-        """The names of the units that are committed."""
-        return {name.removeprefix("commits/").removesuffix(".json") for name in self.storage.list("commits")}
-
-    def commit(self, unit: str) -> Commit:
-        name = f"commits/{unit}.json"
-        commit = records.unseal(Commit, self.storage.read(name), f"{self.root}/{name}")
-        if commit.unit != unit:
-            raise Corrupt(f"{self.root}/{name}: it commits unit {commit.unit}")
-        return commit
+    def plan_digest(self) -> str | None:
+        """The digest of the plan that the cache is captured under, or None before there is one."""
+        return self._pointer("PLAN")
 
     def current(self) -> str | None:
         """The digest of the manifest in force, or None where nothing is sealed yet."""
-        if not self.storage.exists("CURRENT"):
-            return None
-        text = self.storage.read("CURRENT").decode("latin-1")
-        if not text.endswith("\n"):
-            raise Corrupt(f"{self.root}/CURRENT: {text[:70]!r} is not a digest and the end of its line")
-        return _hex(text[:-1], self.root / "CURRENT")
+        return self._pointer("CURRENT")
+
+    def plan(self, digest: str, kind: type[records.R]) -> records.R:
+        name = f"plans/{digest}.json"
+        return records.load_hashed(kind, self.storage.read(name, records.MAX_PLAN), digest, f"{self.root}/{name}")
+
+    def committed(self) -> Iterator[str]:
+        """The names of the units that are committed, in any order."""
+        for name in self.storage.list("commits"):
+            yield name.removeprefix("commits/").removesuffix(".json")
+
+    def is_committed(self, unit: str) -> bool:
+        return self.storage.size(f"commits/{unit}.json") is not None
+
+    def commit_body(self, unit: str) -> bytes:
+        """A commit's JSON, checked against the hash in front of it."""
+        name = f"commits/{unit}.json"
+        return records.unsealed(self.storage.read(name, records.MAX_COMMIT), f"{self.root}/{name}")
+
+    def commit(self, unit: str) -> Commit:
+        name = f"commits/{unit}.json"
+        commit = records.load(Commit, self.commit_body(unit), f"{self.root}/{name}")
+        if commit.unit != unit:
+            raise Corrupt(f"{self.root}/{name}: it commits unit {commit.unit[:200]}")
+        return commit
 
     def manifest(self, digest: str) -> Manifest:
-        name = f"manifests/{digest}/manifest.json"
-        if not self.storage.exists(name):
-            raise Corrupt(f"{self.root}/CURRENT names manifest {digest}, and {name} is not there", hint=_MEND)
-        return records.load_hashed(Manifest, self.storage.read(name), digest, f"{self.root}/{name}")
+        name = f"manifests/{digest}.json"
+        if self.storage.size(name) is None:
+            raise Corrupt(f"{self.root}/CURRENT names manifest {digest}, and {name} is not there", hint=MEND)
+        data = self.storage.read(name, records.MAX_MANIFEST)
+        return records.load_hashed(Manifest, data, digest, f"{self.root}/{name}")
 
-    def page(self, digest: str, manifest: Manifest, i: int) -> Page:
-        name = f"manifests/{digest}/page-{i:06d}.json"
-        return records.load_hashed(Page, self.storage.read(name), manifest.pages[i], f"{self.root}/{name}")
+    def page(self, digest: str) -> Page:
+        name = f"pages/{digest}.json"
+        return records.load_hashed(Page, self.storage.read(name, records.MAX_PAGE), digest, f"{self.root}/{name}")
 
-    def keys(self, split: str, page: int, digest: str) -> np.ndarray:
+    def keys(self, split: str, page: int, digest: str, rows: int) -> np.ndarray:
         """One page of the key table: uint8 [rows, 16]."""
         name = f"keys/{split}-{page:08d}"
-        data = self.storage.read(name)
-        if sha256(data) != digest:
-            raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=_MEND)
+        data = self.storage.read(name, rows * KEY_BYTES)
+        if sha256(data) != digest or len(data) != rows * KEY_BYTES:
+            raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
         return np.frombuffer(data, np.uint8).reshape(-1, KEY_BYTES)
 
     def object(self, commit: Commit) -> bytes:
         """A shard's bytes, every one of them checked against the commit's block hashes."""
         name = f"objects/{commit.object}"
-        data = self.storage.read(name)
-        if len(data) != commit.size:
-            raise Corrupt(
-                f"{self.root}/{name} (unit {commit.unit}): {len(data)} bytes, expected {commit.size}", hint=_MEND
-            )
+        where = f"{self.root}/{name} (unit {commit.unit})"
+        if len(commit.blocks) != -(-commit.size // records.BLOCK):
+            raise Corrupt(f"{where}: {len(commit.blocks)} block hashes for {commit.size} bytes")
+        if records.root_hash(commit.blocks) != commit.object.partition(".")[0]:
+            raise Corrupt(f"{where}: its name is not the root of its block hashes")
+        if (size := self.storage.size(name)) is not None and size != commit.size:
+            raise Corrupt(f"{where}: {size} bytes, expected {commit.size}", hint=MEND)
+        data = self.storage.read(name, commit.size)
         found = records.block_hashes(data)
         if found != commit.blocks:
+            if len(data) != commit.size:
+                raise Corrupt(f"{where}: {len(data)} bytes, expected {commit.size}", hint=MEND)
             bad = next(i for i, (a, b) in enumerate(zip(found, commit.blocks, strict=True)) if a != b)
-            raise Corrupt(
-                f"{self.root}/{name} (unit {commit.unit}): bytes {bad * records.BLOCK} to "
-                f"{min(len(data), (bad + 1) * records.BLOCK)} are not those that were committed",
-                hint=_MEND,
-            )
+            first, last = bad * records.BLOCK, min(len(data), (bad + 1) * records.BLOCK)
+            raise Corrupt(f"{where}: bytes {first} to {last} are not those that were committed", hint=MEND)
         return data
 
+    def _pointer(self, name: str) -> str | None:
+        if self.storage.size(name) is None:
+            return None
+        text = self.storage.read(name, 4096).decode("latin-1")
+        if not text.endswith("\n") or not _HEX.fullmatch(text[:-1]):
+            raise Corrupt(f"{self.root}/{name}: {text[:70]!r} is not a digest and the end of its line", hint=MEND)
+        return text[:-1]
 
-_MEND = "restore the file from a copy of the cache, or capture into another directory"
 
-
-_UNIT = re.compile(r"(\w+)-v\d+-(\d+)\..+")
+_UNIT = re.compile(r"(\w+)-v\d+-(\d+)\..+", re.ASCII)
 
 
 def page_of(unit: str) -> tuple[str, int]:
     """The split and the key page that a unit belongs to, from its name."""
     match = _UNIT.fullmatch(unit)
     if match is None:
-        raise Corrupt(f"{unit!r} is no name of a unit")
+        raise Corrupt(f"{unit[:200]!r} is no name of a unit")
     return match[1], int(match[2])
 
 
-def _hex(text: str, where: Path) -> str:
-    if not _HEX.fullmatch(text):
-        raise Corrupt(f"{where}: {text[:70]!r} is no digest")
-    return text
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
 
 
-def open_store(path: str | Path, *, create: bool = False) -> Store:
-    """The store in a directory; UsageError if there is none, Mismatch if the directory is something else."""
-    path = Path(path)
-    store = Store(LocalStorage(path))
+def location(place: str) -> str:
+    """Where a cache is, from any working directory."""
+    return place if is_url(place) else str(Path(place).absolute())
+
+
+def open_storage(place: str | Path) -> Storage:
+    """A directory, or a bucket where ``place`` is a URL (s3://…, gs://…)."""
+    if is_url(place):
+        from ensemble_distill.store.remote import RemoteStorage
+
+        return RemoteStorage(str(place))
+    return LocalStorage(place)
+
+
+def open_store(place: str | Path, *, create: bool = False) -> Store:
+    """The store at a place; UsageError if there is none, Mismatch if something else is there."""
+    store = Store(open_storage(place))
+    if isinstance(store.storage, LocalStorage):
+        _check_directory(store, store.storage.path, create)
+    elif not create and store.plan_digest() is None:
+        raise UsageError(f"{place} holds no cache: there is no PLAN", hint="make it with `ensemble-distill cache`")
+    return store
+
+
+def _check_directory(store: Store, path: Path, create: bool) -> None:
     if path.is_dir():
+        try:
+            held = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}", hint="check its permissions") from error
         # A first capture killed while it wrote its plan leaves plans/ and nothing else.
-        fresh = create and {entry.name for entry in path.iterdir()} <= {"plans"}
-        if not store.plans() and not fresh:
-            raise Mismatch(
-                f"{path} is no cache: it has no plans/",
-                hint="give the --out directory of `ensemble-distill cache`"
-                if not create
-                else "choose an empty or a new directory",
+        if "PLAN" not in held and not (create and held <= {"plans"}):
+            damaged = {"commits", "objects"} <= held
+            raise (
+                Corrupt(f"{path}/PLAN is missing", hint=MEND)
+                if damaged
+                else Mismatch(
+                    f"{path} is no cache: it has no PLAN",
+                    hint="choose an empty or a new directory"
+                    if create
+                    else "give the --out directory of `ensemble-distill cache`",
+                )
             )
     elif path.exists():
         raise Mismatch(f"{path} is a file, expected a cache directory", hint="give a directory")
     elif not create:
         raise UsageError(f"{path}: no such directory", hint="make the cache with `ensemble-distill cache`")
-    return store

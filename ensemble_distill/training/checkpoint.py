@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -49,10 +48,9 @@ def save(storage: LocalStorage, state: State, tensors: Mapping[str, Tensor]) -> 
     name = f"checkpoint-{state.step:09d}.safetensors"
     storage.replace(name, data)
     storage.replace(NAME, records.seal(Checkpoint(state=state, tensors=name, sha256=sha256(data))))
-    for path in storage.root.glob("checkpoint-*.safetensors"):
+    for path in storage.path.glob("checkpoint-*.safetensors"):
         if path.name != name:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            storage.remove(path.name)
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -64,13 +62,13 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def load(storage: LocalStorage) -> tuple[State, dict[str, Tensor]] | None:
     """The last saved state, or None where there is none yet. Corrupt if a byte of it changed."""
-    if not storage.exists(NAME):
+    if storage.size(NAME) is None:
         return None
-    checkpoint = records.unseal(Checkpoint, storage.read(NAME), str(storage.root / NAME))
+    checkpoint = records.unseal(Checkpoint, storage.read(NAME), str(storage.path / NAME))
     data = storage.read(checkpoint.tensors)
     if sha256(data) != checkpoint.sha256:
         raise Corrupt(
-            f"{storage.root / checkpoint.tensors}: not the bytes that were saved",
+            f"{storage.path / checkpoint.tensors}: not the bytes that were saved",
             hint="train into another --out, or restore the file",
         )
     return checkpoint.state, safetensors.torch.load(data)

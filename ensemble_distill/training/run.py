@@ -34,6 +34,7 @@ from ensemble_distill.provenance import provenance
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.store import location
 from ensemble_distill.training import checkpoint
 from ensemble_distill.training.checkpoint import State
 from ensemble_distill.training.objective import Objective
@@ -55,6 +56,8 @@ class Progress:
 
 
 Reporter = Callable[[Progress], None]
+# Seconds left before the process has to be gone, or None while nobody asked it to stop.
+Stop = Callable[[], float | None]
 
 
 @dataclass
@@ -93,7 +96,7 @@ class Run:
                 cache.check_labels(source, split)
         for split in ("held_out", "test"):
             if split in sources and split not in cache.plan.splits:
-                log.warning("%s holds no split %r: it is left out of the scores", cache.path, split)
+                log.warning("%s holds no split %r: it is left out of the scores", cache.root, split)
         if "train" not in sources:
             raise UsageError("data() has no source named 'train'")
         self.data, self.config, self.sources, self.cache = data, config, sources, cache
@@ -109,9 +112,7 @@ class Run:
 
     # The loop ---------------------------------------------------------------------------------------
 
-    def train(
-        self, report: Reporter = lambda progress: None, stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, Any]:
+    def train(self, report: Reporter = lambda progress: None, stop: Stop = lambda: None) -> dict[str, Any]:
         """Train to the end and return the test line. Interrupted (after saving) when ``stop`` says so."""
         while self.state["epoch"] < self.config.epochs:
             self._train_epoch(report, stop)
@@ -120,7 +121,7 @@ class Run:
             report(Progress(self.state["step"], self.steps, self.config.epochs, self.config.epochs, self.history[-1]))
         return self.history[-1]
 
-    def _train_epoch(self, report: Reporter, stop: Callable[[], bool]) -> None:
+    def _train_epoch(self, report: Reporter, stop: Stop) -> None:
         epoch, clock = self.state["epoch"], Clock()
         sums = torch.tensor(list(self.state["sums"].values()), dtype=torch.float64, device=self.device)
         self.student.train()
@@ -130,7 +131,7 @@ class Run:
             self.state["step"] += 1
             self.state["batch"] += 1
             report(Progress(self.state["step"], self.steps, epoch, self.config.epochs))
-            if stop():
+            if stop() is not None:
                 self._stop(sums)
         losses = self._losses(sums)
         line = {"epoch": epoch + 1, "step": self.state["step"], "train": losses}
@@ -163,7 +164,7 @@ class Run:
         if self.best:
             weights = self.storage.read("best.safetensors")
             if sha256(weights) != self.best_sha256:
-                raise Corrupt(f"{self.storage.root / 'best.safetensors'} is damaged: not the weights that were saved")
+                raise Corrupt(f"{self.storage.path / 'best.safetensors'} is damaged: not the weights that were saved")
         self.storage.replace("student.safetensors", weights)
         line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
         line["student"] = sha256(weights)
@@ -286,16 +287,16 @@ class Run:
             "rows": {name: len(source) for name, source in sorted(self.sources.items())},
             "cache_content": self.cache.content_digest,
         }
-        root = self.storage.root
+        root = self.storage.path
         if root.exists() and not root.is_dir():
             raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
         # Before its first checkpoint a run has nothing to lose: another configuration may have its directory.
-        if not self.storage.exists(checkpoint.NAME):
+        if self.storage.size(checkpoint.NAME) is None:
             names = {e.name for e in root.iterdir() if not e.name.startswith(".")} if root.is_dir() else set()
             if names - {"config.json", "best.safetensors", "tensorboard"} - _checkpoints(names):
                 raise Mismatch(f"{root} is not empty and holds no run", hint="choose a new --out")
             self.described: dict[str, Any] = wanted | {
-                "cache": str(self.cache.path.absolute()),
+                "cache": location(self.cache.root),
                 "manifest": self.cache.digest,
                 "provenance": provenance(),
             }
@@ -313,9 +314,9 @@ class Run:
         try:
             value = json.loads(self.storage.read("config.json"))
         except ValueError as error:
-            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: {error}") from error
+            raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: {error}") from error
         if not isinstance(value, dict):
-            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: no JSON object")
+            raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: no JSON object")
         return value
 
     def _restore(self) -> None:
@@ -323,7 +324,7 @@ class Run:
             return
         state, tensors = saved
         if state.config != sha256(self.storage.read("config.json")):
-            raise Corrupt(f"{self.storage.root / 'config.json'} is damaged: not the configuration of this run")
+            raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: not the configuration of this run")
         self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")}
         # JSON has sorted the names; the sums are a vector in the order of the objective's terms.
         self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}

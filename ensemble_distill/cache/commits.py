@@ -1,0 +1,103 @@
+"""The plan and the commits of a cache: which units there are, and what was committed for each."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.errors import Corrupt, Unsafe
+from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
+from ensemble_distill.store.store import MEND, Store
+
+KEPT_PAGES = 32
+# What a format adds to the rows of a unit: headers, names, a footer, and what it says of each field.
+OVERHEAD, OVERHEAD_FIELD = 1 << 16, 1 << 12
+
+
+def held_plan(store: Store) -> Plan:
+    """The plan that a cache is captured under; Corrupt if there is none."""
+    digest = store.plan_digest()
+    if digest is None:
+        raise Corrupt(f"{store.root}/PLAN is missing")
+    return store.plan(digest, Plan)
+
+
+def missing(plan: Plan, done: np.ndarray) -> str:
+    """The first ranges of rows that are not committed, for people. done: bool [units]."""
+    lost = np.flatnonzero(~done)
+    items = [plan.item(int(n)) for n in np.unique(lost[: 4 * len(plan.groups)] // len(plan.groups))[:3]]
+    shown = "; ".join(f"{i.split} view {i.view} rows {i.first}–{i.last - 1}" for i in items)
+    return f" (missing: {shown}; {len(lost)} units in all)" if len(lost) else " (all there, but not sealed)"
+
+
+def committed_units(store: Store, plan: Plan) -> np.ndarray:
+    """Which units are committed, by number: bool [units]. Corrupt for a commit of no unit of the plan."""
+    done = np.zeros(plan.units, bool)
+    number = plan.unit_number
+    for unit in store.committed():
+        done[number(unit)] = True
+    return done
+
+
+class Commits:
+    """The commit of each unit of a plan, checked against the plan; the last pages that were used are kept."""
+
+    def __init__(self, store: Store, plan: Plan, manifest: Manifest) -> None:
+        if manifest.units != plan.units or len(manifest.pages) != -(-plan.units // PAGE_UNITS):
+            raise Corrupt(
+                f"{store.root}: its manifest lists {manifest.units} units on {len(manifest.pages)} pages, "
+                f"its plan {plan.units}",
+                hint=MEND,
+            )
+        self._store, self._plan, self._manifest = store, plan, manifest
+        self._pages: OrderedDict[int, tuple[Commit, ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, item: WorkItem, group: Group) -> Commit:
+        """The commit of a unit; Corrupt or Unsafe if it does not say what the plan does."""
+        return self.at(self._plan.unit_number(item.unit(group)))
+
+    def at(self, number: int) -> Commit:
+        """The same by the unit's number."""
+        n, i = divmod(number, PAGE_UNITS)
+        commits = self._page(n)
+        item, group = divmod(number, len(self._plan.groups))
+        if i < len(commits):
+            check_layout(commits[i], self._plan.groups[group], self._plan.item(item), self._store.root)
+            return commits[i]
+        raise Corrupt(f"{self._store.root}: page {n} of its manifest holds {len(commits)} commits", hint=MEND)
+
+    def _page(self, n: int) -> tuple[Commit, ...]:
+        with self._lock:
+            if n not in self._pages:
+                self._pages[n] = self._store.page(self._manifest.pages[n]).commits
+                while len(self._pages) > KEPT_PAGES:
+                    self._pages.popitem(last=False)
+            self._pages.move_to_end(n)
+            return self._pages[n]
+
+
+def check_layout(commit: Commit, group: Group, item: WorkItem, where: str) -> None:
+    """A commit's unit, rows, strides, offsets and size against the plan, before anything is read."""
+    unit = item.unit(group)
+    if commit.unit != unit:
+        raise Corrupt(f"{where}: the commit of unit {commit.unit[:200]} stands where {unit}'s should")
+    if commit.rows != item.rows:
+        raise Corrupt(f"{where}: unit {unit} has {commit.rows} rows, expected {item.rows}")
+    fields = [name for segment in commit.segments for name in segment.fields]
+    if fields != [f.name for f in group.fields]:
+        raise Corrupt(f"{where}: unit {unit} holds {str(fields)[:200]}, expected {[f.name for f in group.fields]}")
+    dtype = group.dtype
+    most = item.rows * dtype.itemsize + OVERHEAD + OVERHEAD_FIELD * len(fields)
+    if commit.size > most:
+        raise Unsafe(f"{where}: unit {unit} would be a file of {commit.size} bytes, its rows need at most {most}")
+    for segment in commit.segments:
+        whole = segment.fields == dtype.names
+        expected = dtype.itemsize if whole else dtype[segment.fields[0]].itemsize if segment.fields else -1
+        if segment.stride != expected or (len(segment.fields) != 1 and not whole):
+            raise Unsafe(f"{where}: unit {unit}: stride {segment.stride}, expected {expected}")
+        if segment.offset < 0 or segment.offset + item.rows * segment.stride > commit.size:
+            raise Unsafe(f"{where}: unit {unit}: rows beyond the end of its file")

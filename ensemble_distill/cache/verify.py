@@ -1,0 +1,168 @@
+"""Every byte of a cache against its hash, and every size against the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from ensemble_distill.cache.commits import check_layout, held_plan
+from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.errors import Corrupt, Error
+from ensemble_distill.prefetch import prefetch
+from ensemble_distill.store.records import PAGE_UNITS, Commit
+from ensemble_distill.store.store import Store
+
+# What a shard is held against beyond its hashes: its bytes, the commit, the group.
+DeepCheck = Callable[[bytes, Commit, Group, str], None]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong: the sentence, which kind of file, and which unit it costs (None: none)."""
+
+    problem: str
+    kind: str
+    unit: str | None = None
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+@dataclass
+class Verdict:
+    """What was looked at, and what is wrong."""
+
+    files: int = 0
+    bytes: int = 0
+    sealed: bool = False
+    manifest_digest: str = ""
+    damaged: list[Damage] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged
+
+
+def verify(
+    store: Store,
+    report: Callable[[Verdict], None] = lambda verdict: None,
+    workers: int = 4,
+    limit: int | None = None,
+    deep: DeepCheck | None = None,
+) -> Verdict:
+    """Check plan, manifest, pages, key pages, commits and shards; of an unsealed cache, what is committed so far.
+
+    ``limit`` leaves out the shards of work items beyond the first ``limit`` samples of their split; ``deep``
+    looks inside each shard as well.
+    """
+    verdict = Verdict()
+    for size, damage in prefetch(_checks(store, verdict, limit, deep), workers):  # hashing releases the lock
+        verdict.files += 1
+        verdict.bytes += size
+        if damage is not None:
+            verdict.damaged.append(damage)
+        report(verdict)
+    return verdict
+
+
+Check = Callable[[], tuple[int, Damage | None]]
+
+
+def _check(kind: str, unit: str | None, look: Callable[[], int]) -> tuple[int, Damage | None]:
+    try:
+        return look(), None
+    except Error as error:
+        return 0, Damage(str(error), kind, unit)
+
+
+def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck | None) -> Iterator[Check]:
+    try:
+        plan = held_plan(store)
+    except Error as error:
+        verdict.damaged.append(Damage(str(error), "plan"))
+        return  # nothing else means anything without it
+    keys: dict[tuple[str, int], str] = {}
+    for number, commit, problem in _commits(store, verdict, plan):
+        if commit is None:
+            yield partial(lambda problem: (0, problem), problem)
+            continue
+        item, group = plan.item(number // len(plan.groups)), plan.groups[number % len(plan.groups)]
+        unit = item.unit(group)
+        page = (item.split, item.page)
+        if keys.setdefault(page, commit.keys) != commit.keys:
+            text = f"{store.root}: unit {unit} belongs to other samples than the units beside it"
+            verdict.damaged.append(Damage(text, "commit", unit))
+        elif (item.view, number % len(plan.groups)) == (0, 0) or not verdict.sealed:
+            yield partial(_check, "keys", None, partial(_keys, store, item, commit.keys))
+        if verdict.sealed:
+            yield partial(_check, "commit copy", unit, partial(_same_commit, store, unit, commit))
+        if limit is None or item.first < limit:
+            yield partial(_check, "shard", unit, partial(_object, store, commit, group, item, deep))
+
+
+def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, Commit | None, Damage | None]]:
+    """(number of the unit, its commit or None, what is wrong with it); of a sealed cache from its manifest."""
+    try:
+        current = store.current()
+        manifest = store.manifest(current) if current else None
+        if manifest is not None and (manifest.units, len(manifest.pages)) != (
+            plan.units,
+            -(-plan.units // PAGE_UNITS),
+        ):
+            raise Corrupt(f"{store.root}: its manifest lists {manifest.units} units, its plan {plan.units}")
+    except Error as error:
+        verdict.damaged.append(Damage(str(error), "manifest"))
+        current, manifest = None, None
+    if current is not None and manifest is not None:
+        verdict.sealed, verdict.manifest_digest = True, current
+        if manifest.plan != store.plan_digest():
+            verdict.damaged.append(Damage(f"{store.root}: its manifest is of another plan than PLAN", "manifest"))
+        for n, digest in enumerate(manifest.pages):
+            first = n * PAGE_UNITS
+            try:
+                commits = store.page(digest).commits
+                if len(commits) != min(PAGE_UNITS, plan.units - first):
+                    raise Corrupt(f"{store.root}: page {n} of its manifest holds {len(commits)} commits")
+            except Error as error:
+                verdict.damaged.append(Damage(str(error), "manifest"))
+                yield from _own_commits(store, range(first, min(first + PAGE_UNITS, plan.units)), plan)
+            else:
+                yield from ((first + i, commit, None) for i, commit in enumerate(commits))
+        return
+    numbers = []
+    for unit in store.committed():
+        try:
+            numbers.append(plan.unit_number(unit))
+        except Error as error:
+            verdict.damaged.append(Damage(f"{store.root}/commits: {error}", "stray"))
+    yield from _own_commits(store, sorted(numbers), plan)
+
+
+def _own_commits(
+    store: Store, numbers: range | list[int], plan: Plan
+) -> Iterator[tuple[int, Commit | None, Damage | None]]:
+    for number in numbers:
+        unit = plan.unit_name(number)
+        try:
+            yield number, store.commit(unit), None
+        except Error as error:
+            yield number, None, Damage(str(error), "commit", unit)
+
+
+def _keys(store: Store, item: WorkItem, digest: str) -> int:
+    return store.keys(item.split, item.page, digest, item.rows).nbytes
+
+
+def _same_commit(store: Store, unit: str, sealed: Commit) -> int:
+    if store.commit(unit) != sealed:
+        raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed")
+    return 0
+
+
+def _object(store: Store, commit: Commit, group: Group, item: WorkItem, deep: DeepCheck | None) -> int:
+    check_layout(commit, group, item, store.root)
+    data = store.object(commit)
+    if deep is not None:
+        deep(data, commit, group, f"{store.root}/objects/{commit.object} (unit {commit.unit})")
+    return len(data)

@@ -1,0 +1,66 @@
+"""Capturing, as the commands that do it show it."""
+
+from __future__ import annotations
+
+from ensemble_distill.cli import console as ui
+from ensemble_distill.cli.pipeline import sources
+from ensemble_distill.cli.show import show_statistics
+from ensemble_distill.config import CacheConfig, DataConfig
+from ensemble_distill.device import devices
+from ensemble_distill.recording.capture import Progress, Recorder
+from ensemble_distill.recording.planning import prepare
+from ensemble_distill.store.leases import Leases, lease_storage
+from ensemble_distill.store.store import open_store
+
+
+def record(
+    console: ui.Console,
+    data: DataConfig,
+    config: CacheConfig,
+    out: str,
+    limit: int | None,
+    workers: int,
+    device: str,
+    grace: float,
+    units: range | None = None,
+) -> None:
+    """Capture what a cache lacks, seal it where it is complete, and say what it holds."""
+    splits = sources(data, limit)
+    store = open_store(out, create=True)
+    leases = Leases(lease_storage(store.storage))
+    on = devices(device)
+    with ui.stoppable(grace) as stop:
+        plan, ensemble = prepare(data, config, splits, store, leases, on)
+        where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))
+        console.say(f"members {', '.join(ensemble.names)}: eval mode, {plan.capture.precision} on {where}")
+        size = ui.size(plan.rows * plan.bytes_per_row)
+        console.say(f"{plan.rows:,} rows, {plan.bytes_per_row} B each, {size} in {plan.units} units")
+        recorder = Recorder(plan, ensemble, splits, store, leases)
+        with console.live():
+            digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, workers, units)
+    done = recorder.progress
+    if done.rows:
+        took = f"{ui.duration(done.seconds_so_far)} ({done.rows_per_second:,.0f} rows/s; {done.shares})"
+        console.say(f"captured {done.rows:,} rows, {ui.size(done.bytes)} in {took}")
+    else:
+        console.say("already complete: nothing to capture")
+    if done.late:
+        console.say(f"{done.late} units were committed by another worker first")
+    if digest is None:
+        console.say(
+            f"{out}: {done.units}/{done.units_total} units committed; when all are: ensemble-distill seal {out}"
+        )
+        return
+    manifest = store.manifest(digest)
+    show_statistics(console, manifest.statistics)
+    console.say(f"{out}: {manifest.units} units, {manifest.rows:,} rows, {ui.size(manifest.bytes)}")
+    console.say(f"content digest   {manifest.content_digest}")
+    console.say(f"manifest digest  {digest}")
+
+
+def _progress(p: Progress, rows: int) -> str:
+    left = rows * (1 - p.units / p.units_total) / p.rows_per_second if p.rows else 0
+    return (
+        f"{p.units}/{p.units_total} units  {p.rows_per_second:,.0f} rows/s  {ui.size(p.bytes)}  "
+        f"{ui.duration(left)} left  waiting for: {p.waiting_for}"
+    )
