@@ -249,7 +249,7 @@ def test_two_captures_that_begin_at_once_with_different_plans_do_not_mix(pipelin
     leases = Leases(store.storage)
     plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
     store.put_plan(plan.model_copy(update={"format": "parquet"}))  # the other one was a little faster
-    with pytest.raises(Mismatch, match="another plan"):
+    with pytest.raises(Mismatch, match="was begun with format = 'parquet'"):
         Recorder(plan, ensemble, data.sources, store, leases).run()
     assert not list(store.committed())
 

@@ -417,10 +417,11 @@ def test_nan_for_every_sample_names_member_and_sample(faulty: Cli) -> None:
 def test_a_stopped_capture_says_how_far_it_is_and_goes_on(faulty: Cli, captured: Path) -> None:
     fault = faulty.folder / "fault"
     fault.write_text("import os, signal; hit.any() and os.kill(os.getpid(), signal.SIGTERM)")
-    refused(faulty(*CACHE, code=75), "4/28 units committed", verb="stopped")
+    refused(faulty(*CACHE, "--grace", 0, code=75), "4/28 units committed", verb="stopped")
     assert "whole" in faulty(*VERIFY).stdout
-    words = ("cache", "4/28 units committed", "test view 0 rows 200–399; test view 0 rows 400–596", "and 9 more")
+    words = ("cache", "4/28 units committed", "test view 0 rows 200–399; test view 0 rows 400–596", "24 units in all")
     refused(faulty(*TRAIN, code=3), *words)
+    refused(faulty(*CACHE, code=75), "6/28 units committed", verb="stopped")  # the open item fits the time given
     fault.unlink()
     faulty(*CACHE)
     assert content(faulty.folder / "cache") == content(captured / "cache")

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.plan import MAX_UNIT_BYTES, Group, Plan, WorkItem
 from ensemble_distill.errors import UsageError
 from ensemble_distill.formats.layout import read_segments
 from ensemble_distill.prefetch import prefetch
@@ -70,7 +70,7 @@ class Rows:
     def _read_unit(self, group: Group, item: WorkItem) -> np.ndarray:
         """One unit's records as bytes, uint8 [rows, stride], read at the committed offsets."""
         commit = self._commits.get(item, group)
-        if commit.size > self._memory:
+        if commit.size > max(self._memory, 2 * MAX_UNIT_BYTES):
             raise UsageError(
                 f"{self._store.root}: unit {commit.unit} takes {commit.size / 1e6:.1f} MB, "
                 f"more than the {self._memory / 1e6:.1f} MB that may be kept in memory",
