@@ -23,11 +23,13 @@ from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import render
+from ensemble_distill.store.caching import CachedStorage
 from ensemble_distill.store.records import Manifest
-from ensemble_distill.store.store import Store, open_store
+from ensemble_distill.store.store import Store, open_store, trust
 from ensemble_distill.targets import Targets
 
 TARGETS = "targets"
+COPIES_SIZE = 10_000_000_000
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,24 @@ class Cache:
         return {f.name: f.codec.decode(torch.from_numpy(records[f.name])) for f in group.fields}
 
 
-def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: str | None = None) -> Cache:
-    """Open a sealed cache for reading.
+def open_cache(
+    path: str | Path,
+    *,
+    memory: int | None = None,
+    expect_digest: str | None = None,
+    copies: str | Path | None = None,
+    copies_size: int = COPIES_SIZE,
+) -> Cache:
+    """Open a sealed cache for reading: a directory, or a bucket (s3://…, gs://…).
 
     ``memory``: bytes of rows to keep at most (default: a quarter of the machine's). ``expect_digest``: the
-    manifest digest that you trust; Mismatch if the cache has another one. Raises UsageError (no directory),
-    Mismatch (no cache, or not complete), Corrupt (bytes that are not what was committed).
+    manifest digest that you trust; Mismatch if the cache has another one. ``copies``: a folder for copies of what
+    is read from a bucket, at most ``copies_size`` bytes, which processes may share. Raises UsageError (no
+    directory), Mismatch (no cache, or not complete), Corrupt (bytes that are not what was committed).
     """
     store = open_store(path)
+    if copies is not None:
+        store = Store(CachedStorage(store.storage, copies, copies_size))
     digest = store.current()
     if digest is None:
         plan = held_plan(store)
@@ -197,11 +209,7 @@ def open_cache(path: str | Path, *, memory: int | None = None, expect_digest: st
             f"{path} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
             hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
         )
-    if expect_digest is not None and digest != expect_digest:
-        raise Mismatch(
-            f"{path}: its manifest digest is {digest}, expected {expect_digest}",
-            hint="this is not the cache that you pinned: look at it with `ensemble-distill inspect`",
-        )
+    trust(store, expect_digest)
     return Cache(store, digest, memory or _quarter_of_memory())
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from ensemble_distill.cache.commits import check_layout, held_plan
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
-from ensemble_distill.errors import Corrupt, Error
+from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit
 from ensemble_distill.store.store import Store
@@ -19,11 +19,16 @@ DeepCheck = Callable[[bytes, Commit, Group, str], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong: the sentence, which kind of file, and which unit it costs (None: none)."""
+    """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
+
+    kind: plan, manifest (also CURRENT and pages), keys, commit (gone or wrong), commit copy (it differs from the
+    sealed one), shard, stray (a commit of no unit).
+    """
 
     problem: str
     kind: str
     unit: str | None = None
+    unsafe: bool = False
 
     def __str__(self) -> str:
         return self.problem
@@ -73,14 +78,14 @@ def _check(kind: str, unit: str | None, look: Callable[[], int]) -> tuple[int, D
     try:
         return look(), None
     except Error as error:
-        return 0, Damage(str(error), kind, unit)
+        return 0, Damage(str(error), kind, unit, isinstance(error, Unsafe))
 
 
 def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck | None) -> Iterator[Check]:
     try:
         plan = held_plan(store)
     except Error as error:
-        verdict.damaged.append(Damage(str(error), "plan"))
+        verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
     keys: dict[tuple[str, int], str] = {}
     for number, commit, problem in _commits(store, verdict, plan):
@@ -90,11 +95,12 @@ def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck |
         item, group = plan.item(number // len(plan.groups)), plan.groups[number % len(plan.groups)]
         unit = item.unit(group)
         page = (item.split, item.page)
+        first_seen = page not in keys
         if keys.setdefault(page, commit.keys) != commit.keys:
             text = f"{store.root}: unit {unit} belongs to other samples than the units beside it"
             verdict.damaged.append(Damage(text, "commit", unit))
-        elif (item.view, number % len(plan.groups)) == (0, 0) or not verdict.sealed:
-            yield partial(_check, "keys", None, partial(_keys, store, item, commit.keys))
+        elif first_seen:
+            yield partial(_check, "keys", item.unit(plan.groups[0]), partial(_keys, store, item, commit.keys))
         if verdict.sealed:
             yield partial(_check, "commit copy", unit, partial(_same_commit, store, unit, commit))
         if limit is None or item.first < limit:
@@ -112,7 +118,7 @@ def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, 
         ):
             raise Corrupt(f"{store.root}: its manifest lists {manifest.units} units, its plan {plan.units}")
     except Error as error:
-        verdict.damaged.append(Damage(str(error), "manifest"))
+        verdict.damaged.append(Damage(str(error), "manifest", None, isinstance(error, Unsafe)))
         current, manifest = None, None
     if current is not None and manifest is not None:
         verdict.sealed, verdict.manifest_digest = True, current
@@ -125,7 +131,7 @@ def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, 
                 if len(commits) != min(PAGE_UNITS, plan.units - first):
                     raise Corrupt(f"{store.root}: page {n} of its manifest holds {len(commits)} commits")
             except Error as error:
-                verdict.damaged.append(Damage(str(error), "manifest"))
+                verdict.damaged.append(Damage(str(error), "manifest", None, isinstance(error, Unsafe)))
                 yield from _own_commits(store, range(first, min(first + PAGE_UNITS, plan.units)), plan)
             else:
                 yield from ((first + i, commit, None) for i, commit in enumerate(commits))
@@ -135,7 +141,7 @@ def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, 
         try:
             numbers.append(plan.unit_number(unit))
         except Error as error:
-            verdict.damaged.append(Damage(f"{store.root}/commits: {error}", "stray"))
+            verdict.damaged.append(Damage(f"{store.root}/commits: {error}", "stray", unit))
     yield from _own_commits(store, sorted(numbers), plan)
 
 
@@ -147,7 +153,7 @@ def _own_commits(
         try:
             yield number, store.commit(unit), None
         except Error as error:
-            yield number, None, Damage(str(error), "commit", unit)
+            yield number, None, Damage(str(error), "commit", unit, isinstance(error, Unsafe))
 
 
 def _keys(store: Store, item: WorkItem, digest: str) -> int:

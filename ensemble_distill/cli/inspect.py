@@ -6,16 +6,17 @@ import json
 
 import click
 
-from ensemble_distill.cli.options import accepted, quiet, version
+from ensemble_distill.cli.options import accepted, expect_digest, quiet, version
 
 
 @click.command(name="inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@expect_digest
 @accepted("limit", "batch-size", "workers", "device")
 @quiet
 @version
-def command(cache: str, as_json: bool, quiet: bool) -> None:
+def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -> None:
     """Show what a CACHE holds: plan, members, rows, bytes, statistics.
 
     \b
@@ -26,7 +27,7 @@ def command(cache: str, as_json: bool, quiet: bool) -> None:
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.show import show_statistics
 
-    held = open_cache(cache)
+    held = open_cache(cache, expect_digest=expect_digest)
     plan, manifest = held.plan, held.manifest
     if as_json:
         report = {

@@ -73,6 +73,21 @@ def expect_digest(command: F) -> F:
     )(command)
 
 
+def copies(command: F) -> F:
+    """--copies, --copies-size."""
+    size = click.option(
+        "--copies-size",
+        type=click.IntRange(1),
+        default=10_000,
+        show_default=True,
+        metavar="MB",
+        help="Its size at most.",
+    )(command)
+    return click.option(
+        "--copies", metavar="DIR", help="Keep copies of what is read from a bucket here; processes may share it."
+    )(size)
+
+
 class Span(click.ParamType[range]):
     """A range of units, ``first:last`` with last excluded, either of which may be left out."""
 

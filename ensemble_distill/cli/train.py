@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, expect_digest, grace, settings
+from ensemble_distill.cli.options import common, copies, expect_digest, grace, settings
 
 
 @click.command(name="train")
@@ -23,6 +23,7 @@ from ensemble_distill.cli.options import common, expect_digest, grace, settings
     help="Keep at most this much of the cache in memory.  [default: a quarter of the RAM]",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events (extra: tensorboard).")
+@copies
 @grace
 @settings
 @common
@@ -34,6 +35,8 @@ def command(
     verify_source: bool,
     memory: int | None,
     tensorboard: bool,
+    copies: str | None,
+    copies_size: int,
     grace: float,
     settings: tuple[str, ...],
     limit: int | None,
@@ -64,7 +67,13 @@ def command(
     if batch_size is not None:
         config = override(config, [f"batch_size={batch_size}"])
     config = override(config, settings)
-    cache = open_cache(cache_path, memory=memory and memory * 1_000_000, expect_digest=expect_digest)
+    cache = open_cache(
+        cache_path,
+        memory=memory and memory * 1_000_000,
+        expect_digest=expect_digest,
+        copies=copies,
+        copies_size=copies_size * 1_000_000,
+    )
     data = loaded.data()
     splits = sources(data, limit)
     events = Events(out) if tensorboard else None

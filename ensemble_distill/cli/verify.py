@@ -8,7 +8,7 @@ import os
 
 import click
 
-from ensemble_distill.cli.options import accepted, quiet, version
+from ensemble_distill.cli.options import accepted, expect_digest, quiet, version
 
 
 @click.command(name="verify")
@@ -24,20 +24,38 @@ from ensemble_distill.cli.options import accepted, quiet, version
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="Check the shards of the first N samples of each split only."
 )
+@click.option("--deep", is_flag=True, help="Also look inside each shard, in a limited process of its own.")
+@click.option(
+    "--deep-memory", type=click.IntRange(1), default=1000, show_default=True, metavar="MB", help="Its memory."
+)
+@click.option("--deep-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Its time for a shard.")
+@expect_digest
 @accepted("batch-size", "device")
 @quiet
 @version
-def command(cache: str, as_json: bool, workers: int, limit: int | None, quiet: bool) -> None:
+def command(
+    cache: str,
+    as_json: bool,
+    workers: int,
+    limit: int | None,
+    deep: bool,
+    deep_memory: int,
+    deep_seconds: float,
+    expect_digest: str | None,
+    quiet: bool,
+) -> None:
     """Check every byte of a CACHE against its hash; exit 4 if one is wrong.
 
     \b
     Example:
       ensemble-distill verify caches/fmnist
     """
+    from ensemble_distill.cache.commits import held_plan
+    from ensemble_distill.cache.deep import Parser
     from ensemble_distill.cache.verify import Verdict, verify
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.errors import Corrupt
-    from ensemble_distill.store.store import open_store
+    from ensemble_distill.errors import Corrupt, Unsafe
+    from ensemble_distill.store.store import open_store, trust
 
     console = ui.Console(quiet or as_json)
 
@@ -45,15 +63,22 @@ def command(cache: str, as_json: bool, workers: int, limit: int | None, quiet: b
         console.progress(f"{verdict.files} files, {ui.size(verdict.bytes)}, {len(verdict.damaged)} damaged")
 
     store = open_store(cache)
-    with console.live():
-        verdict = verify(store, report, workers, limit)
+    trust(store, expect_digest)
+    parser = Parser(held_plan(store).format, deep_memory * 1_000_000, deep_seconds) if deep else None
+    try:
+        with console.live():
+            verdict = verify(store, report, workers, limit, parser)
+    finally:
+        if parser is not None:
+            parser.close()
     if as_json:
         damaged = [str(damage) for damage in verdict.damaged]
         click.echo(json.dumps(dataclasses.asdict(verdict) | {"damaged": damaged, "ok": verdict.ok}, indent=1))
     for damage in verdict.damaged[:20]:
         console.say(f"damaged: {damage}")
     if not verdict.ok:
-        raise Corrupt(
+        kind = Unsafe if any(damage.unsafe for damage in verdict.damaged) else Corrupt
+        raise kind(
             f"{cache}: {len(verdict.damaged)} of {verdict.files} files are damaged or missing",
             hint=f"ensemble-distill repair {cache} PIPELINE captures them again; or restore them from a copy",
         )

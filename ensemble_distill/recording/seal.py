@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from ensemble_distill.cache.commits import committed_units, missing
-from ensemble_distill.cache.plan import Plan
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.metrics import Tally
 from ensemble_distill.prefetch import prefetch
-from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
 
@@ -40,19 +41,18 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
     pages: list[str] = []
     bodies: list[bytes] = []
     size = 0
-    for number, (body, commit) in enumerate(_commits(plan, store)):
-        item = plan.item(number // len(plan.groups))
-        if commit.plan != plan_digest:
-            raise Corrupt(f"{store.root}: unit {commit.unit} was captured under another plan")
-        held = keys.setdefault((item.split, item.page), commit.keys)
-        if held != commit.keys:
-            raise Corrupt(f"{store.root}: unit {commit.unit} belongs to other samples than the units beside it")
-        if commit.statistics is not None:
-            tally = Tally.from_state(commit.statistics)
-            tallies.setdefault(item.split, Tally.empty(tally.names)).merge(tally)
-        summary.add(commit.provenance)
-        content.update(f"{commit.unit} {commit.content} {commit.keys}\n".encode())
-        size += commit.size
+    for item, unit, body in _commits(plan, store):
+        commit = _said(body, unit, store.root)
+        if commit["plan"] != plan_digest:
+            raise Corrupt(f"{store.root}: unit {unit} was captured under another plan")
+        held = keys.setdefault((item.split, item.page), commit["keys"])
+        if held != commit["keys"]:
+            raise Corrupt(f"{store.root}: unit {unit} belongs to other samples than the units beside it")
+        if (statistics := commit["statistics"]) is not None:
+            tallies.setdefault(item.split, Tally.empty(statistics["names"])).merge(statistics)
+        summary.add(commit["provenance"])
+        content.update(f"{unit} {commit['content']} {commit['keys']}\n".encode())
+        size += commit["size"]
         bodies.append(body)
         if len(bodies) == PAGE_UNITS:
             pages.append(store.put_page(bodies))
@@ -86,21 +86,29 @@ def _header(plan: Plan) -> bytes:
     return canonical_json({"reading": plan.reading.model_dump(mode="json"), "splits": splits}) + b"\n"
 
 
-def _commits(plan: Plan, store: Store) -> Iterator[tuple[bytes, Commit]]:
-    """Each unit's commit, in the order of the units: its bytes, and parsed."""
+def _commits(plan: Plan, store: Store) -> Iterator[tuple[WorkItem, str, bytes]]:
+    """Each unit's work item, name and commit, in the order of the units."""
+    units = ((item, item.unit(group)) for item in plan.items() for group in plan.groups)
 
-    def read(first: int) -> list[bytes]:
-        return [store.commit_body(plan.unit_name(n)) for n in range(first, min(first + 256, plan.units))]
+    def read(part: list[tuple[WorkItem, str]]) -> list[tuple[WorkItem, str, bytes]]:
+        return [(item, unit, store.commit_body(unit)) for item, unit in part]
 
-    number = 0
-    for bodies in prefetch((partial(read, first) for first in range(0, plan.units, 256)), READERS):
-        for body in bodies:
-            unit = plan.unit_name(number)
-            commit = records.load(Commit, body, f"{store.root}/commits/{unit}.json")
-            if commit.unit != unit:
-                raise Corrupt(f"{store.root}/commits/{unit}.json: it commits unit {commit.unit[:200]}")
-            yield body, commit
-            number += 1
+    parts = iter(lambda: list(itertools.islice(units, 256)), [])
+    for bodies in prefetch((partial(read, part) for part in parts), READERS):
+        yield from bodies
+
+
+def _said(body: bytes, unit: str, root: str) -> dict[str, Any]:
+    """What a commit says, in a fifth of the time of its full validation, which readers of the manifest do."""
+    try:
+        commit: dict[str, Any] = json.loads(body)
+        if commit["unit"] != unit:
+            raise Corrupt(f"{root}/commits/{unit}.json: it commits unit {str(commit['unit'])[:200]}")
+        if commit.keys() != Commit.model_fields.keys():
+            raise ValueError(f"its fields are {', '.join(commit)[:200]}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(f"{root}/commits/{unit}.json: not the record that was written ({error})") from error
+    return commit
 
 
 class _Summary:

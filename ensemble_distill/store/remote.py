@@ -42,6 +42,8 @@ class RemoteStorage:
                 f"{url}: {str(error).splitlines()[0]}",
                 hint=f"pip install 'ensemble-distill[{extra}]'" if extra else "give a directory, s3://… or gs://…",
             ) from error
+        if hasattr(self.fs, "retries"):
+            self.fs.retries = 1  # s3fs: one place that waits and tries again is enough, and it is this one
         self.root = url.rstrip("/")
         self._sleep = sleep
 
@@ -52,7 +54,7 @@ class RemoteStorage:
         except FileExistsError:
             # Ours, if an earlier attempt did its work and its reply was lost. What is large is named by its
             # content, and then nobody asks.
-            return len(data) <= COMPARED and self.read(name, COMPARED) == data
+            return len(data) <= COMPARED and self.size(name) == len(data) and self.read(name, len(data)) == data
         return True
 
     def replace(self, name: str, data: bytes) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_distill.config import Config
-from ensemble_distill.errors import Corrupt, Mismatch, StorageError, UsageError
+from ensemble_distill.errors import Corrupt, Mismatch, StorageError, Unsafe, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, sha256
 from ensemble_distill.formats import SUFFIX, encode
 from ensemble_distill.store import records
@@ -51,7 +51,7 @@ class Store:
         """Make this the plan of the cache unless there is one; the digest of the plan that is."""
         data = records.dump(plan)
         digest = sha256(data)
-        self.storage.create(f"plans/{digest}.json", data)
+        self._put(f"plans/{digest}.json", data)
         if not self.storage.create("PLAN", f"{digest}\n".encode()):
             return self.plan_digest() or digest
         return digest
@@ -106,23 +106,38 @@ class Store:
             statistics=statistics,
             provenance=provenance,
         )
-        self.storage.create(f"objects/{commit.object}", data)
+        self._put(f"objects/{commit.object}", data)
         return commit, self.storage.create(f"commits/{unit}.json", records.seal(commit))
 
     def put_page(self, bodies: list[bytes]) -> str:
         """A page of a manifest, from its commits' bodies; its digest."""
         data = records.page(bodies)
         digest = sha256(data)
-        self.storage.create(f"pages/{digest}.json", data)
+        self._put(f"pages/{digest}.json", data)
         return digest
 
     def put_manifest(self, manifest: Manifest) -> str:
         """Seal: the manifest, whose pages are written, and then the pointer to it."""
         data = records.dump(manifest)
         digest = sha256(data)
-        self.storage.create(f"manifests/{digest}.json", data)
+        self._put(f"manifests/{digest}.json", data)
         self.storage.replace("CURRENT", f"{digest}\n".encode())
         return digest
+
+    def put_copy(self, unit: str, commit: Commit, data: bytes) -> bool:
+        """Commit a unit of another cache: its shard, whose hashes were checked, and its commit."""
+        self._put(f"objects/{commit.object}", data)
+        return self.storage.create(f"commits/{unit}.json", records.seal(commit))
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Create what is named by its content; where it stands already, it may have been damaged since."""
+        if not self.storage.create(name, data):
+            try:
+                whole = self.storage.read(name, len(data)) == data
+            except (Corrupt, Unsafe):
+                whole = False
+            if not whole:
+                self.storage.replace(name, data)
 
     # Reading ----------------------------------------------------------------------------------------
 
@@ -185,13 +200,11 @@ class Store:
             raise Corrupt(f"{where}: {len(commit.blocks)} block hashes for {commit.size} bytes")
         if records.root_hash(commit.blocks) != commit.object.partition(".")[0]:
             raise Corrupt(f"{where}: its name is not the root of its block hashes")
-        if (size := self.storage.size(name)) is not None and size != commit.size:
-            raise Corrupt(f"{where}: {size} bytes, expected {commit.size}", hint=MEND)
-        data = self.storage.read(name, commit.size)
+        data = self.storage.read(name, commit.size + records.BLOCK)  # a little more is damage, much more an attack
+        if len(data) != commit.size:
+            raise Corrupt(f"{where}: {len(data)} bytes, expected {commit.size}", hint=MEND)
         found = records.block_hashes(data)
         if found != commit.blocks:
-            if len(data) != commit.size:
-                raise Corrupt(f"{where}: {len(data)} bytes, expected {commit.size}", hint=MEND)
             bad = next(i for i, (a, b) in enumerate(zip(found, commit.blocks, strict=True)) if a != b)
             first, last = bad * records.BLOCK, min(len(data), (bad + 1) * records.BLOCK)
             raise Corrupt(f"{where}: bytes {first} to {last} are not those that were committed", hint=MEND)
@@ -243,6 +256,15 @@ def open_store(place: str | Path, *, create: bool = False) -> Store:
     elif not create and store.plan_digest() is None:
         raise UsageError(f"{place} holds no cache: there is no PLAN", hint="make it with `ensemble-distill cache`")
     return store
+
+
+def trust(store: Store, expected: str | None) -> None:
+    """Mismatch unless the manifest in force is the one that the caller trusts (None: any)."""
+    if expected is not None and (digest := store.current()) != expected:
+        raise Mismatch(
+            f"{store.root}: its manifest digest is {digest}, expected {expected}",
+            hint="this is not the cache that you pinned: look at it with `ensemble-distill inspect`",
+        )
 
 
 def _check_directory(store: Store, path: Path, create: bool) -> None:

@@ -1,0 +1,80 @@
+"""Copy a cache from one place to another: resumable, every byte checked on the way, sealed last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ensemble_distill.cache.commits import check_layout, committed_units, held_plan
+from ensemble_distill.cache.plan import Plan
+from ensemble_distill.errors import Interrupted, Mismatch
+from ensemble_distill.prefetch import prefetch
+from ensemble_distill.store import records
+from ensemble_distill.store.store import Store
+
+
+@dataclass
+class Copied:
+    """How far a copy is. sealed: the manifest's digest, once the whole cache is there."""
+
+    units: int = 0
+    units_total: int = 0
+    bytes: int = 0
+    sealed: str | None = None
+
+
+def copy(
+    source: Store,
+    target: Store,
+    report: Callable[[Copied], None] = lambda copied: None,
+    stop: Callable[[], float | None] = lambda: None,
+    workers: int = 4,
+    span: range | None = None,
+) -> Copied:
+    """Copy the units of ``span`` (or all) that the target lacks, by the protocol that captures use.
+
+    Raises Mismatch if the target holds another cache, Corrupt if a byte of the source is not what was committed
+    (the units before it are there and stay), Interrupted when ``stop`` says so.
+    """
+    plan, digest = held_plan(source), source.plan_digest()
+    if target.put_plan(plan) != digest:
+        raise Mismatch(
+            f"{target.root} holds another cache than {source.root}: their plans differ",
+            hint="copy into an empty or a new directory",
+        )
+    here, there = committed_units(source, plan), committed_units(target, plan)
+    wanted = [int(n) for n in (here & ~there).nonzero()[0] if span is None or int(n) in span]
+    copied = Copied(units=int(there.sum()), units_total=plan.units)
+    report(copied)
+    for size in prefetch((partial(_unit, source, target, plan, number) for number in wanted), workers):
+        copied.units += 1
+        copied.bytes += size
+        report(copied)
+        if stop() is not None:
+            raise Interrupted(f"{copied.units}/{copied.units_total} units copied", hint="run the same command to go on")
+    current = source.current()
+    if current is not None and committed_units(target, plan).all():
+        _seal(source, target, current)
+        copied.sealed = current
+    return copied
+
+
+def _unit(source: Store, target: Store, plan: Plan, number: int) -> int:
+    """Key page, shard, commit: in this order, as when they were captured."""
+    item, group = plan.locate(plan.unit_name(number))
+    unit = item.unit(group)
+    commit = source.commit(unit)
+    check_layout(commit, group, item, source.root)
+    target.put_keys(item.split, item.page, source.keys(item.split, item.page, commit.keys, item.rows))
+    target.put_copy(unit, commit, source.object(commit))
+    return commit.size
+
+
+def _seal(source: Store, target: Store, digest: str) -> None:
+    """The same manifest, so that the copy has the same digest."""
+    manifest = source.manifest(digest)
+
+    for name in manifest.pages:
+        target.put_page([records.dump(commit) for commit in source.page(name).commits])
+    target.put_manifest(manifest)

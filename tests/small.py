@@ -1,0 +1,57 @@
+"""A cache small enough to be written a thousand times: twelve rows, no teachers, no torch in its writers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ensemble_distill.cache.plan import Capture, FieldSpec, Group, Plan, Reading, Split, WorkItem
+from ensemble_distill.codecs.dense import Dense
+from ensemble_distill.codecs.features import Features
+from ensemble_distill.config import ViewsConfig
+from ensemble_distill.store.store import Store
+
+
+def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int = 2) -> Plan:
+    return Plan(
+        reading=Reading(
+            classes=("a", "b", "c"), heads={"main": 3}, combine="mean_probs", temperature_before=(1.0,),
+            temperature_after=1.0, views=ViewsConfig(),
+        ),
+        capture=Capture(members=(), precision="fp32", batch_size=4),
+        format=format,
+        splits={"train": Split(rows=rows, views=views, unit_rows=unit_rows, labels=None)},
+        groups=(
+            Group(
+                name="targets",
+                fields=(FieldSpec(name="main/logprobs", dtype="<f2", shape=(3,), codec=Dense(classes=3)),),
+            ),
+            Group(
+                name="tap.a.x", fields=(FieldSpec(name="tap/a.x", dtype="<f2", shape=(2,), codec=Features(width=2)),)
+            ),
+        ),
+    )  # fmt: skip
+
+
+def rows_of(plan: Plan, item: WorkItem, group: Group) -> np.ndarray:
+    """What a teacher would have said: a function of split, view and row."""
+    records = np.zeros(item.rows, group.dtype)
+    for field in group.fields:
+        shape = (item.rows, *field.shape)
+        base = np.arange(item.first, item.last).reshape(-1, *[1] * len(field.shape)) + item.view
+        records[field.name] = -np.broadcast_to(base, shape) / 8
+    return records
+
+
+def keys_of(item: WorkItem) -> np.ndarray:
+    return (np.arange(item.first, item.last)[:, None] * np.ones(16)).astype(np.uint8)
+
+
+def put_item(store: Store, plan: Plan, digest: str, item: WorkItem, by: str = "") -> list[bool]:
+    """Commit a work item as a capture does; for each unit whether this call created it."""
+    keys = store.put_keys(item.split, item.page, keys_of(item))
+    return [
+        store.put_unit(
+            digest, item.unit(g), rows_of(plan, item, g), plan.format, keys, None, {"by": by, "time": "2026"}
+        )[1]
+        for g in plan.groups
+    ]

@@ -1,0 +1,303 @@
+"""What keeps a cache: many writers, spans of units, repair, copy, gc, a look inside shards, and signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import Cli, environment, flip, shard_of
+from small import a_plan, rows_of
+from test_faults import CACHE, TRAIN, VERIFY, content, only, refused
+from test_resume import slow, wait_for
+
+from ensemble_distill.cache.deep import Parser
+from ensemble_distill.errors import Unsafe
+from ensemble_distill.formats import encode
+from ensemble_distill.formats.layout import Segment
+from ensemble_distill.store.records import Commit
+
+# Many writers ---------------------------------------------------------------------------------------
+
+
+def test_writers_started_at_once_share_the_work(cached: Cli) -> None:
+    slow(cached, 0.01)
+    command = ("cache", "digits.py", "--out", "shared")
+    processes = [cached.start(*command, SLOW="1") for _ in range(3)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert content(cached.folder / "shared") == content(cached.folder / "cache")
+    rows = [int(text.split("captured ")[1].split(" ")[0].replace(",", "")) for text in outputs if "captured" in text]
+    assert sum(rows) == 2797, "each row was captured once"
+    assert not list((cached.folder / "shared/leases").iterdir())
+    cached("verify", "shared")
+
+
+def test_a_killed_writer_leaves_its_work_to_the_others_at_once(cached: Cli) -> None:
+    slow(cached, 0.05)
+    command = ("cache", "digits.py", "--out", "shared")
+    first = cached.start(*command, SLOW="1")
+    commits = cached.folder / "shared/commits"
+    wait_for(lambda: commits.is_dir() and any(commits.iterdir()), first)
+    second = cached.start(*command)
+    first.kill()
+    first.communicate()
+    output = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    assert content(cached.folder / "shared") == content(cached.folder / "cache")
+
+
+def test_spans_of_units_are_captured_apart_and_sealed(cached: Cli) -> None:
+    def part(span: str) -> str:
+        return cached("cache", "digits.py", "--out", "parts", "--units", span).stdout
+
+    assert "10/28 units committed" in part("0:10") and "ensemble-distill seal parts" in part("0:10")
+    refused(cached("seal", "parts", code=3), "10/28 units committed", "missing: ")
+    refused(cached("train", "digits.py", "--cache", "parts", "--out", "run", code=3), "not complete")
+    part("10:21")
+    assert content_digest(part("21:")) == content(cached.folder / "cache")
+    assert content_digest(cached("seal", "parts").stdout) == content(cached.folder / "cache")
+    for wrong in ("5", "a:b", "7:7", "-1:3"):
+        assert "A:B" in cached("cache", "digits.py", "--out", "parts", "--units", wrong, code=2).stderr
+
+
+def content_digest(text: str) -> str:
+    return text.split("content digest")[1].split()[0]
+
+
+# Repair ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "find", ["object", "keys/train-00000002", "commits/*", "CURRENT", "PLAN", "pages/*", "manifests/*"]
+)
+def test_what_is_damaged_is_captured_again_and_nothing_else(cached: Cli, find: str) -> None:
+    root = cached.folder / "cache"
+    before = {path: path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+    expected = (root / "CURRENT").read_text().strip(), content(root)
+    path = shard_of(root, "test-v000000-00000001.targets") if find == "object" else only(root, find)
+    flip(path)
+    cached(*VERIFY, code=4)
+    cached("repair", "cache", "digits.py")
+    cached(*VERIFY, "--deep")
+    assert content(root) == expected[1]
+    if find not in ("object", "keys/train-00000002"):  # nothing had to be captured, so all is as it was
+        assert (root / "CURRENT").read_text().strip() == expected[0]
+    shards = {p for p in before if p.parent.name == "objects" and p != path}
+    assert all(p.stat().st_ino == before[p] for p in shards)
+
+
+def test_repair_without_a_pipeline_says_what_is_left_to_do(cached: Cli) -> None:
+    shard_of(cached.folder / "cache", "test-v000000-00000001.targets").unlink()
+    text = cached("repair", "cache").stdout
+    assert "dropped: test-v000000-00000001.targets" in text and "27/28 units are whole" in text
+    refused(cached(*TRAIN, code=3), "27/28 units committed")
+    cached(*CACHE)
+    cached(*VERIFY)
+    assert "nothing is damaged" in cached("repair", "cache").stdout
+
+
+def test_a_plan_that_is_lost_cannot_be_repaired(cached: Cli) -> None:
+    flip(only(cached.folder / "cache", "plans/*"))
+    refused(cached("repair", "cache", "digits.py", code=4), "plans/")
+
+
+# Copy and garbage -----------------------------------------------------------------------------------
+
+
+def test_a_copy_is_the_same_cache_and_goes_on_where_it_stopped(cached: Cli) -> None:
+    digest = (cached.folder / "cache/CURRENT").read_text().strip()
+    assert "10/28 units" in cached("copy", "cache", "there", "--units", "0:10").stdout
+    refused(cached("train", "digits.py", "--cache", "there", "--out", "run", code=3), "10/28 units")
+    assert digest in cached("copy", "cache", "there", "--expect-digest", digest).stdout
+    digests = (json.loads(cached("verify", at, "--json").stdout)["manifest_digest"] for at in ("cache", "there"))
+    assert list(digests) == [digest, digest]
+    assert "0 B copied now" in cached("copy", "cache", "there").stdout
+    refused(cached("copy", "cache", "other", "--expect-digest", "0" * 64, code=3), digest)
+
+
+def test_a_damaged_unit_is_not_copied_and_another_cache_is_not_mixed_in(cached: Cli) -> None:
+    cached("cache", "digits.py", "--out", "parquet", "--format", "parquet")
+    refused(cached("copy", "cache", "parquet", code=3), "another cache")
+    flip(shard_of(cached.folder / "cache", "train-v000001-00000002.targets"))
+    refused(cached("copy", "cache", "there", code=4), "train-v000001-00000002.targets")
+    assert not (cached.folder / "there/CURRENT").exists()
+    assert "whole" in cached("verify", "there").stdout
+
+
+def test_garbage_is_listed_then_removed_and_what_is_needed_stays(cached: Cli) -> None:
+    root = cached.folder / "cache"
+    (root / "objects" / f"{'a' * 64}.h5").write_bytes(b"orphan")
+    (root / "objects/.x.0123.part").write_bytes(b"left by a kill")
+    (root / "pages" / f"{'b' * 64}.json").write_bytes(b"{}")
+    (root / "leases").mkdir(exist_ok=True)
+    (root / "leases/train-v000000-00000000").write_text("no lease at all")
+    os.utime(root / "objects/.x.0123.part", (0, 0))
+    refused(cached("gc", "cache", code=3), "1 work items are being captured")  # until it is seen to be dead
+    (root / "leases/train-v000000-00000000").unlink()
+    listed = cached("gc", "cache").stdout
+    assert "3 files" in listed and "--delete" in listed
+    assert (root / "objects" / f"{'a' * 64}.h5").exists()
+    assert json.loads(cached("gc", "cache", "--delete", "--json").stdout)["deleted"] is True
+    assert "nothing to remove" in cached("gc", "cache", "--older-than", 0).stdout
+    cached(*VERIFY, "--deep")
+
+
+def test_garbage_is_not_touched_where_a_record_is_damaged(cached: Cli) -> None:
+    flip(only(cached.folder / "cache", "commits/*"))
+    refused(cached("gc", "cache", "--delete", code=4), "commits/")
+
+
+# A look inside shards -------------------------------------------------------------------------------
+
+
+def deep(data: bytes, format: str, segments: tuple[Segment, ...], **limits: float) -> None:
+    plan = a_plan(format)
+    commit = Commit(
+        plan="", unit="u", object="0" * 64 + ".h5", size=len(data), rows=4, segments=segments, blocks=(), content="",
+        keys="0" * 64,
+    )  # fmt: skip
+    parser = Parser(format, **limits)  # type: ignore[arg-type]
+    try:
+        parser(data, commit, plan.groups[0], "here")
+    finally:
+        parser.close()
+
+
+def hdf5(make) -> bytes:  # type: ignore[no-untyped-def]
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver="latest") as file:
+        make(file)
+    return buffer.getvalue()
+
+
+def table() -> np.ndarray:
+    plan = a_plan()
+    return rows_of(plan, next(plan.items()), plan.groups[0])
+
+
+CANARY = "/etc/hostname"
+STRANGE = {
+    "external link": lambda f: f.__setitem__("rows", h5py.ExternalLink(CANARY, "/rows")),
+    "soft link": lambda f: (f.create_dataset("x", data=table()), f.__setitem__("rows", h5py.SoftLink("/x"))),
+    "external storage": lambda f: f.create_dataset("rows", (4,), table().dtype, external=[(CANARY, 0, 24)]),
+    "virtual dataset": lambda f: f.create_virtual_dataset("rows", virtual_layout()),
+    "gzip": lambda f: f.create_dataset("rows", data=table(), chunks=(4,), compression="gzip"),
+    "chunks": lambda f: f.create_dataset("rows", data=table(), chunks=(4,)),
+    "a second dataset": lambda f: (f.create_dataset("rows", data=table()), f.create_dataset("x", data=1)),
+    "an attribute": lambda f: f.create_dataset("rows", data=table()).attrs.__setitem__("x", 1),
+    "a group": lambda f: f.create_group("rows"),
+    "a cycle": lambda f: f.create_group("rows").__setitem__("rows", f["/"]),
+    "another type": lambda f: f.create_dataset("rows", data=np.zeros(4, "<f4")),
+    "another shape": lambda f: f.create_dataset("rows", (1 << 40,), table().dtype),
+    "object references": lambda f: f.create_dataset("rows", (4,), h5py.ref_dtype),
+}
+
+
+def virtual_layout() -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout(shape=(4,), dtype=table().dtype)
+    layout[:] = h5py.VirtualSource(CANARY, "rows", shape=(4,))
+    return layout
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_hdf5_files_are_told_by_the_child(name: str) -> None:
+    data = hdf5(STRANGE[name])
+    with pytest.raises(Unsafe, match="here: "):
+        deep(data, "hdf5", (Segment(fields=("main/logprobs",), offset=100, stride=6),))
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_our_own_shards_pass_and_bytes_moved_or_mangled_do_not(format: str) -> None:
+    data, segments = encode(format, table())
+    deep(data, format, segments)
+    moved = tuple(segment.model_copy(update={"offset": segment.offset - 1}) for segment in segments)
+    for bad, where in ((data, moved), (data[:-9], segments), (b"", segments), (b"\0" * 500, segments)):
+        with pytest.raises(Unsafe):
+            deep(bad, format, where)
+
+
+def test_a_child_that_hangs_or_dies_costs_nothing_but_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, segments = encode("hdf5", table())
+    start = subprocess.Popen
+
+    def replaced(program: str):  # type: ignore[no-untyped-def]
+        return lambda args, **more: start([sys.executable, "-c", program], **more)
+
+    monkeypatch.setattr(subprocess, "Popen", replaced("import os; os.abort()"))
+    with pytest.raises(Unsafe, match="crashed"):
+        deep(data, "hdf5", segments)
+    monkeypatch.setattr(subprocess, "Popen", replaced("import sys; sys.stdin.read()"))
+    with pytest.raises(Unsafe, match="still at work"):
+        deep(data, "hdf5", segments, seconds=0.1)
+
+
+# Signals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_student_asked_to_stop_saves_and_goes_on(cached: Cli, number: signal.Signals) -> None:
+    slow(cached, 0.02)
+    process = cached.start(*TRAIN, SLOW="1")
+    run = cached.folder / "run"
+    wait_for(lambda: (run / "checkpoint.json").exists(), process)
+    process.send_signal(number)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "saved" in errors and "run the same command" in errors, errors
+    cached(*TRAIN)
+
+
+def test_a_time_that_is_up_ends_a_batch_that_does_not(cached: Cli) -> None:
+    """A teacher that hangs: SIGTERM, and after the grace the process is gone, with nothing lost."""
+    hang = "        import time\n\n        (HERE / 'hangs').touch()\n        time.sleep(600)\n"
+    cached.change("    def forward(self, image):\n", "    def forward(self, image):\n" + hang)
+    process = cached.start("cache", "digits.py", "--out", "hung", "--grace", 0.2)
+    wait_for(lambda: (cached.folder / "hangs").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "run the same command to go on" in errors
+
+
+def test_it_stops_in_order_as_process_one_of_a_container(cached: Cli) -> None:
+    if shutil.which("unshare") is None or os.geteuid():
+        pytest.skip("needs unshare and the right to use it")
+    slow(cached, 0.05)
+    inner = [sys.executable, "-m", "ensemble_distill", "cache", "digits.py", "--out", "pid1"]
+    process = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", *inner], cwd=cached.folder, env=environment(SLOW="1"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    commits = cached.folder / "pid1/commits"
+    wait_for(lambda: commits.is_dir() and any(commits.iterdir()), process)
+    if process.poll() is not None:
+        pytest.skip(f"unshare is not allowed here: {process.communicate()[1]}")
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    os.kill(child, signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "units committed" in errors
+    cached("cache", "digits.py", "--out", "pid1")
+    assert content(cached.folder / "pid1") == content(cached.folder / "cache")
+
+
+def test_a_requeued_job_ends_with_the_same_digest(cached: Cli) -> None:
+    """What a batch system does: ask to stop, requeue on 75, until it is 0."""
+    slow(cached, 0.01)
+    for _ in range(60):
+        process = cached.start("cache", "digits.py", "--out", "job", "--grace", 0, SLOW="1")
+        commits, held = cached.folder / "job/commits", 0
+        held = len(list(commits.iterdir())) if commits.is_dir() else 0
+        wait_for(lambda: commits.is_dir() and len(list(commits.iterdir())) > held + 5, process)  # noqa: B023
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == 75
+    assert content(cached.folder / "job") == content(cached.folder / "cache")
