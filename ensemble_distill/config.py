@@ -240,12 +240,27 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One sentence for the first thing that a config got wrong, with a suggestion for a misspelt field."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or model.__name__
+    where = ".".join(str(part)[:100] for part in first["loc"]) or model.__name__
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         fields = model.model_fields if len(first["loc"]) == 1 else _all_fields(model)
         return f"{where}: {model.__name__} has no such field{suggestion(name, fields)}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})"
+    found = first["input"]
+    shown = repr(found)[:200] if isinstance(found, (int, float, bool, type(None))) else _short(found)
+    return f"{where}: {first['msg'].removeprefix('Value error, ')[:500]} (found {shown})"
+
+
+def _short(value: Any) -> str:
+    """A value as text, if that is no more than people read; else what it is. Whole lists may be huge."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:200])
+    if isinstance(value, (list, tuple, dict, set)):
+        return (
+            repr(value)
+            if len(value) <= 8 and len(str(type(value))) < 100
+            else f"a {type(value).__name__} of {len(value)}"
+        )
+    return repr(value)[:200]
 
 
 def _all_fields(model: type[BaseModel]) -> set[str]:
@@ -255,6 +270,8 @@ def _all_fields(model: type[BaseModel]) -> set[str]:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` or the list of what there is."""
     known = list(known)
+    if len(name) > 100:
+        return ""
     near = difflib.get_close_matches(name, known, 1)
     if near:
         return f"; did you mean {near[0]!r}?"

@@ -15,14 +15,24 @@ A message is one sentence: what, where, expected, found. ``hint`` says what to d
 
 from __future__ import annotations
 
+import re
+
 
 class Error(Exception):
     exit_code = 1
     default_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.hint = hint or self.default_hint
+
+
+def printable(text: str) -> str:
+    """Text with its control characters escaped: what a stranger's file says must not steer a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UsageError(Error):

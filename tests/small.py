@@ -11,7 +11,7 @@ from ensemble_distill.config import ViewsConfig
 from ensemble_distill.store.store import Store
 
 
-def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int = 2) -> Plan:
+def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int = 2, groups: int = 2) -> Plan:
     return Plan(
         reading=Reading(
             classes=("a", "b", "c"), heads={"main": 3}, combine="mean_probs", temperature_before=(1.0,),
@@ -28,7 +28,7 @@ def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int 
             Group(
                 name="tap.a.x", fields=(FieldSpec(name="tap/a.x", dtype="<f2", shape=(2,), codec=Features(width=2)),)
             ),
-        ),
+        )[:groups],
     )  # fmt: skip
 
 

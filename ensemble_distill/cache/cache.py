@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
-from ensemble_distill.cache.plan import Group, Plan
+from ensemble_distill.cache.plan import TARGETS, Group, Plan
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.config import DataConfig, difference, suggestion
 from ensemble_distill.errors import Mismatch, UsageError
@@ -28,7 +28,7 @@ from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.store import Store, open_store, trust
 from ensemble_distill.targets import Targets
 
-TARGETS = "targets"
+MIN_KEYS = 128 << 20
 COPIES_SIZE = 10_000_000_000
 
 
@@ -55,7 +55,7 @@ class Cache:
         self.manifest: Manifest = store.manifest(digest)
         self.plan: Plan = store.plan(self.manifest.plan, Plan)
         self.commits = Commits(store, self.plan, self.manifest)
-        self._store = store
+        self._store, self._memory = store, memory
         self._rows = Rows(store, self.plan, self.commits, memory)
         self._tables: dict[str, KeyTable] = {}
 
@@ -73,6 +73,11 @@ class Cache:
         if split not in self.plan.splits:
             raise Mismatch(f"{self.root} has no split {split!r}{suggestion(split, self.plan.splits)}")
         if split not in self._tables:
+            if (size := self.plan.splits[split].rows * KEY_BYTES) > max(self._memory, MIN_KEYS):
+                raise UsageError(
+                    f"{self.root}: the keys of {split} take {size / 1e6:.0f} MB, more than may be kept in memory",
+                    hint="raise --memory, or memory= of open_cache",
+                )
             pages = [self._key_page(split, page) for page in range(self.plan.splits[split].pages)]
             self._tables[split] = KeyTable(split, np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *pages]))
         return self._tables[split]

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ensemble_distill.cache.commits import held_plan
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.records import PAGE_UNITS
 from ensemble_distill.store.store import Store
 
 
@@ -32,8 +34,8 @@ def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garb
             f"{store.root}: {len(live)} work items are being captured, {live[0]} for one",
             hint="wait for the capture to end, or stop it",
         )
-    held_plan(store)  # without a plan that can be read nothing here is known to be garbage
-    keep = set(_reachable(store))
+    plan = held_plan(store)  # without a plan that can be read nothing here is known to be garbage
+    keep = set(_reachable(store, plan))
     names = [
         name
         for folder in ("objects", "pages", "manifests", "plans", "leases")
@@ -57,7 +59,7 @@ def remove(store: Store, found: list[Garbage]) -> None:
             store.storage.remove(item.name)
 
 
-def _reachable(store: Store) -> Iterator[str]:
+def _reachable(store: Store, plan: Plan) -> Iterator[str]:
     """Every name that a reader, a resumed capture or a repair may ask for. Any damage on the way raises Corrupt."""
     yield f"plans/{store.plan_digest()}.json"
     for unit in store.committed():
@@ -69,5 +71,5 @@ def _reachable(store: Store) -> Iterator[str]:
         yield f"plans/{manifest.plan}.json"
         for page in manifest.pages:
             yield f"pages/{page}.json"
-            for commit in store.page(page).commits:
+            for commit in store.page(page, plan.page_bytes(PAGE_UNITS)).commits:
                 yield f"objects/{commit.object}"

@@ -27,10 +27,15 @@ def held_plan(store: Store) -> Plan:
 
 def missing(plan: Plan, done: np.ndarray) -> str:
     """The first ranges of rows that are not committed, for people. done: bool [units]."""
-    lost = np.flatnonzero(~done)
-    items = [plan.item(int(n)) for n in np.unique(lost[: 4 * len(plan.groups)] // len(plan.groups))[:3]]
-    shown = "; ".join(f"{i.split} view {i.view} rows {i.first}–{i.last - 1}" for i in items)
-    return f" (missing: {shown}; {len(lost)} units in all)" if len(lost) else " (all there, but not sealed)"
+    count = len(done) - int(done.sum())
+    numbers: list[int] = []
+    for first in range(0, len(done), 1 << 20):  # by parts: there may be very many
+        lost = np.flatnonzero(~done[first : first + (1 << 20)])[: 4 * len(plan.groups)] + first
+        numbers += [int(n) for n in np.unique(lost // len(plan.groups)) if int(n) not in numbers]
+        if len(numbers) >= 3:
+            break
+    shown = "; ".join(f"{i.split} view {i.view} rows {i.first}–{i.last - 1}" for i in map(plan.item, numbers[:3]))
+    return f" (missing: {shown}; {count} units in all)" if count else " (all there, but not sealed)"
 
 
 def committed_units(store: Store, plan: Plan) -> np.ndarray:
@@ -73,7 +78,7 @@ class Commits:
     def _page(self, n: int) -> tuple[Commit, ...]:
         with self._lock:
             if n not in self._pages:
-                self._pages[n] = self._store.page(self._manifest.pages[n]).commits
+                self._pages[n] = self._store.page(self._manifest.pages[n], self._plan.page_bytes(PAGE_UNITS)).commits
                 while len(self._pages) > KEPT_PAGES:
                     self._pages.popitem(last=False)
             self._pages.move_to_end(n)

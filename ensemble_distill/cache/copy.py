@@ -11,6 +11,7 @@ from ensemble_distill.cache.plan import Plan
 from ensemble_distill.errors import Interrupted, Mismatch
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
+from ensemble_distill.store.records import PAGE_UNITS
 from ensemble_distill.store.store import Store
 
 
@@ -55,7 +56,7 @@ def copy(
             raise Interrupted(f"{copied.units}/{copied.units_total} units copied", hint="run the same command to go on")
     current = source.current()
     if current is not None and committed_units(target, plan).all():
-        _seal(source, target, current)
+        _seal(source, target, plan, current)
         copied.sealed = current
     return copied
 
@@ -71,10 +72,10 @@ def _unit(source: Store, target: Store, plan: Plan, number: int) -> int:
     return commit.size
 
 
-def _seal(source: Store, target: Store, digest: str) -> None:
+def _seal(source: Store, target: Store, plan: Plan, digest: str) -> None:
     """The same manifest, so that the copy has the same digest."""
     manifest = source.manifest(digest)
 
     for name in manifest.pages:
-        target.put_page([records.dump(commit) for commit in source.page(name).commits])
+        target.put_page([records.dump(commit) for commit in source.page(name, plan.page_bytes(PAGE_UNITS)).commits])
     target.put_manifest(manifest)

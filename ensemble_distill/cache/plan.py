@@ -14,18 +14,19 @@ from functools import cached_property
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.config import Config, Format, Name, ViewsConfig
 from ensemble_distill.errors import Corrupt
 
+TARGETS = "targets"
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
 MAX_ROWS = 1 << 48
 MAX_ROW_BYTES = 1 << 28
-MAX_SHARD = 1 << 32
+MAX_SHARD = 256 << 20
 MAX_UNITS = 1 << 28
 
 _UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.ASCII)
@@ -38,6 +39,13 @@ class FieldSpec(Config):
     dtype: Literal["<f2", "<f4", "|u1", "<u2", "<u4", "<i8"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
     codec: Dense | Features = Field(discriminator="name")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        width = self.codec.classes if isinstance(self.codec, Dense) else self.codec.width
+        if self.dtype != "<f2" or self.shape != (width,) or width < 1:
+            raise ValueError(f"{self.dtype} {self.shape} is no field of codec {self.codec.name!r} of width {width}")
+        return self
 
 
 class Group(Config):
@@ -77,10 +85,10 @@ class Split(Config):
 
 class Reading(Config):
     key: Literal["sha256/16"] = "sha256/16"
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], FailFast(), Field(max_length=1 << 20)]
     heads: dict[str, int]
     combine: str
-    temperature_before: tuple[float, ...]
+    temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
     temperature_after: float
     views: ViewsConfig
 
@@ -93,7 +101,7 @@ class MemberIdentity(Config):
 
 
 class Capture(Config):
-    members: tuple[MemberIdentity, ...]
+    members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
     precision: Literal["fp32", "bf16"]
     batch_size: int
 
@@ -133,9 +141,12 @@ class Plan(Config):
             raise ValueError("two groups have the same name")
         if self.units > MAX_UNITS:
             raise ValueError(f"{self.units} units are more than {MAX_UNITS}")
+        main = [f for g in self.groups if g.name == TARGETS for f in g.fields if f.name == "main/logprobs"]
+        if not main or not isinstance(main[0].codec, Dense):
+            raise ValueError(f"there is no group {TARGETS!r} with a dense field 'main/logprobs'")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
-        if rows * max(group.dtype.itemsize for group in self.groups) > MAX_SHARD:
-            raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 30} GiB")
+        if rows * max(16, *(group.dtype.itemsize for group in self.groups)) > MAX_SHARD:
+            raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
         return self
 
     # Work items and units are numbered in one order, which digests, pages and statistics use ---------
@@ -165,6 +176,12 @@ class Plan(Config):
                 return WorkItem(name, view, page, first, min(split.rows, first + split.unit_rows))
             number -= split.views * split.pages
         raise IndexError(number)
+
+    def page_bytes(self, units: int) -> int:
+        """The most that a page of a manifest with this many commits may take."""
+        rows = max(split.unit_rows for split in self.splits.values())
+        blocks = min(rows, MAX_SHARD) * self.bytes_per_row >> 20
+        return units * (16384 + 70 * min(blocks, MAX_SHARD >> 20) + 300 * sum(len(g.fields) for g in self.groups)) + 64
 
     def item_rows(self) -> np.ndarray:
         """Rows of each work item, int64 [items]."""

@@ -100,7 +100,7 @@ def _sealed_commits(store: Store, verdict: Verdict, plan: Plan) -> dict[str, Com
         n, i = divmod(plan.unit_number(damage.unit), PAGE_UNITS)
         if n not in pages:
             try:
-                pages[n] = store.page(manifest.pages[n]).commits
+                pages[n] = store.page(manifest.pages[n], plan.page_bytes(PAGE_UNITS)).commits
             except Error:
                 pages[n] = ()
         if i < len(pages[n]):

@@ -17,6 +17,9 @@ from ensemble_distill.store.store import Store
 DeepCheck = Callable[[bytes, Commit, Group, str], None]
 
 
+MOST_DAMAGE = 1000
+
+
 @dataclass(frozen=True)
 class Damage:
     """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
@@ -36,13 +39,14 @@ class Damage:
 
 @dataclass
 class Verdict:
-    """What was looked at, and what is wrong."""
+    """What was looked at, and what is wrong; ``more`` says that the list is full and the search was given up."""
 
     files: int = 0
     bytes: int = 0
     sealed: bool = False
     manifest_digest: str = ""
     damaged: list[Damage] = field(default_factory=list)
+    more: bool = False
 
     @property
     def ok(self) -> bool:
@@ -68,6 +72,9 @@ def verify(
         if damage is not None:
             verdict.damaged.append(damage)
         report(verdict)
+        if len(verdict.damaged) >= MOST_DAMAGE:
+            verdict.more = True
+            break
     return verdict
 
 
@@ -127,7 +134,7 @@ def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, 
         for n, digest in enumerate(manifest.pages):
             first = n * PAGE_UNITS
             try:
-                commits = store.page(digest).commits
+                commits = store.page(digest, plan.page_bytes(PAGE_UNITS)).commits
                 if len(commits) != min(PAGE_UNITS, plan.units - first):
                     raise Corrupt(f"{store.root}: page {n} of its manifest holds {len(commits)} commits")
             except Error as error:

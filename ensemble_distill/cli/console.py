@@ -16,6 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ensemble_distill.errors import printable
+
 PLAIN_SECONDS = 10.0
 
 
@@ -30,7 +32,7 @@ class Console:
         logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
 
     def say(self, text: str) -> None:
-        self.rich.print(Text(text))
+        self.rich.print(Text(printable(text)))
 
     def table(self, table: Table) -> None:
         self.rich.print(table)

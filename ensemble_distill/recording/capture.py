@@ -16,9 +16,9 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from ensemble_distill.cache.cache import TARGETS, read, render_inputs
+from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.commits import committed_units
-from ensemble_distill.cache.plan import Plan, WorkItem
+from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
 from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError

@@ -9,8 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import TARGETS
-from ensemble_distill.cache.plan import Capture, FieldSpec, Group, MemberIdentity, Plan, Reading, Split, unit_rows
+from ensemble_distill.cache.plan import (
+    MAX_SHARD,
+    TARGETS,
+    Capture,
+    FieldSpec,
+    Group,
+    MemberIdentity,
+    Plan,
+    Reading,
+    Split,
+    unit_rows,
+)
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.config import CacheConfig, DataConfig, difference
@@ -63,6 +73,11 @@ def prepare(
     )
     groups = _groups(ensemble, len(data.classes), probe)
     widest = max(group.dtype.itemsize for group in groups)
+    if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
+        raise UsageError(
+            f"unit_rows={config.unit_rows} makes units of {config.unit_rows * widest / 1e6:.0f} MB",
+            hint=f"at most {MAX_SHARD // max(16, widest)} rows fit in one; or leave it out",
+        )
     sized = {
         name: split.model_copy(update={"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
         for name, split in splits.items()

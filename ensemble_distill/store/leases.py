@@ -115,7 +115,7 @@ class Leases:
         if lease is not None and lease.machine == self._me.machine:
             return lease.owner != self._me.owner and lease.process != _process(int(lease.process.partition(":")[0]))
         now = self._clock()
-        before, since = self._seen.get(name, (b"", now))
+        before, since = self._seen.get(name, (None, now))
         if before != data:
             self._seen[name] = data, now
             return False

@@ -19,7 +19,7 @@ from pathlib import Path
 from ensemble_distill.errors import Corrupt, StorageError, Unsafe
 from ensemble_distill.store.storage import MAX_RECORD, check_name, is_name
 
-READ = 8 << 20
+READ = 1 << 30
 
 
 class System:
@@ -76,6 +76,7 @@ class LocalStorage:
         self.root = str(root)
         self._system = system or System()
         self._sync = sync
+        self._durable: set[Path] = set()
 
     def create(self, name: str, data: bytes) -> bool:
         path = self._path(name)
@@ -120,6 +121,8 @@ class LocalStorage:
 
     def list(self, folder: str) -> Iterator[str]:
         path = self._path(folder)
+        if path.is_symlink():
+            raise Unsafe(f"{path} is a link, expected a folder")
         with _errors(path):
             try:
                 entries = os.scandir(path)
@@ -150,7 +153,12 @@ class LocalStorage:
             yield from (Path(folder) / name for name in files if name.startswith(".") and name.endswith(".part"))
 
     def _path(self, name: str) -> Path:
-        return self.path / check_name(name, self.root)
+        """Where a name is; Unsafe if a folder on the way is a link, which could lead anywhere."""
+        path = self.path / check_name(name, self.root)
+        for folder in list(path.parents)[: name.count("/")]:
+            if folder.is_symlink():
+                raise Unsafe(f"{folder} is a link, expected a folder")
+        return path
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
@@ -198,15 +206,17 @@ class LocalStorage:
 
     def _make_directory(self, path: Path) -> None:
         """mkdir -p in which each new entry is durable; no link below the root is followed."""
-        if path.is_dir():
-            if path != self.path and path.is_symlink():
-                raise Unsafe(f"{path} is a link, expected a folder")
+        if path in self._durable:
             return
-        self._make_directory(path.parent)
-        with contextlib.suppress(FileExistsError):
-            self._system.mkdir(path)
-        if self._sync:
-            self._system.sync_directory(path.parent)
+        if not path.is_dir():
+            self._make_directory(path.parent)
+            with contextlib.suppress(FileExistsError):
+                self._system.mkdir(path)
+        if self._sync and path.is_relative_to(self.path):
+            # Also where it stood already: whoever made it may have died before it was durable.
+            with contextlib.suppress(PermissionError):  # above a directory of ours nothing may be readable
+                self._system.sync_directory(path.parent)
+        self._durable.add(path)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from ensemble_distill.config import Config, explain
 from ensemble_distill.errors import Corrupt, Mismatch
@@ -17,10 +17,10 @@ PAGE_UNITS = 4096
 SCHEMA = 1
 
 # The largest that a stranger's record may be; what the tool writes is a hundredth of it.
-MAX_PLAN = 64 << 20
+MAX_PLAN = 8 << 20
 MAX_COMMIT = 1 << 20
-MAX_PAGE = 256 << 20
-MAX_MANIFEST = 64 << 20
+MAX_MANIFEST = 8 << 20
+MAX_PAGES = 1 << 16
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -38,8 +38,8 @@ class Commit(Config):
     object: str = Field(pattern=r"^[0-9a-f]{64}\.(h5|parquet)$")
     size: int = Field(ge=0)
     rows: int = Field(ge=0)
-    segments: tuple[Segment, ...]
-    blocks: tuple[Digest, ...]
+    segments: Annotated[tuple[Segment, ...], FailFast(), Field(max_length=1024)]
+    blocks: Annotated[tuple[Digest, ...], FailFast(), Field(max_length=8192)]
     content: str
     keys: Digest
     statistics: dict[str, Any] | None = None
@@ -47,7 +47,7 @@ class Commit(Config):
 
 
 class Page(Config):
-    commits: tuple[Commit, ...]
+    commits: Annotated[tuple[Commit, ...], FailFast(), Field(max_length=PAGE_UNITS)]
 
 
 class Manifest(Config):
@@ -55,7 +55,7 @@ class Manifest(Config):
 
     schema_version: Literal[1] = 1
     plan: Digest
-    pages: tuple[Digest, ...]
+    pages: Annotated[tuple[Digest, ...], FailFast(), Field(max_length=MAX_PAGES)]
     content_digest: Digest
     units: int
     rows: int
@@ -81,6 +81,8 @@ def load(kind: type[R], data: bytes, where: str) -> R:
         record = kind.model_validate_json(data)
         canonical = dump(record) == data
     except ValidationError as error:
+        if error.error_count() > 100:  # each would become an object of its own
+            raise Corrupt(f"{where}: {error.error_count()} of its values are not what they should be") from error
         for problem in error.errors():
             if problem["loc"] == ("schema_version",):
                 raise Mismatch(

@@ -118,6 +118,10 @@ class Store:
 
     def put_manifest(self, manifest: Manifest) -> str:
         """Seal: the manifest, whose pages are written, and then the pointer to it."""
+        if (unit := next(self.committed(), None)) is not None:
+            # A writer may have died between the link and the fsync of a commit that others then found: to create it
+            # again makes the directory durable, and with it all of them.
+            self.storage.create(f"commits/{unit}.json", self.storage.read(f"commits/{unit}.json", records.MAX_COMMIT))
         data = records.dump(manifest)
         digest = sha256(data)
         self._put(f"manifests/{digest}.json", data)
@@ -180,9 +184,10 @@ class Store:
         data = self.storage.read(name, records.MAX_MANIFEST)
         return records.load_hashed(Manifest, data, digest, f"{self.root}/{name}")
 
-    def page(self, digest: str) -> Page:
+    def page(self, digest: str, at_most: int) -> Page:
+        """A page of a manifest, of ``at_most`` bytes."""
         name = f"pages/{digest}.json"
-        return records.load_hashed(Page, self.storage.read(name, records.MAX_PAGE), digest, f"{self.root}/{name}")
+        return records.load_hashed(Page, self.storage.read(name, at_most), digest, f"{self.root}/{name}")
 
     def keys(self, split: str, page: int, digest: str, rows: int) -> np.ndarray:
         """One page of the key table: uint8 [rows, 16]."""

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ensemble_distill.config import Config
@@ -38,7 +40,8 @@ class State(Config):
 
 class Checkpoint(Config):
     state: State
-    tensors: str
+    tensors: str = Field(pattern=r"^checkpoint-[0-9]{9,}\.safetensors$")
+    size: int = Field(ge=0)
     sha256: str
 
 
@@ -47,7 +50,7 @@ def save(storage: LocalStorage, state: State, tensors: Mapping[str, Tensor]) -> 
     data = to_bytes(tensors)
     name = f"checkpoint-{state.step:09d}.safetensors"
     storage.replace(name, data)
-    storage.replace(NAME, records.seal(Checkpoint(state=state, tensors=name, sha256=sha256(data))))
+    storage.replace(NAME, records.seal(Checkpoint(state=state, tensors=name, size=len(data), sha256=sha256(data))))
     for path in storage.path.glob("checkpoint-*.safetensors"):
         if path.name != name:
             storage.remove(path.name)
@@ -65,13 +68,16 @@ def load(storage: LocalStorage) -> tuple[State, dict[str, Tensor]] | None:
     if storage.size(NAME) is None:
         return None
     checkpoint = records.unseal(Checkpoint, storage.read(NAME), str(storage.path / NAME))
-    data = storage.read(checkpoint.tensors)
+    data = storage.read(checkpoint.tensors, checkpoint.size + 1)
     if sha256(data) != checkpoint.sha256:
         raise Corrupt(
             f"{storage.path / checkpoint.tensors}: not the bytes that were saved",
             hint="train into another --out, or restore the file",
         )
-    return checkpoint.state, safetensors.torch.load(data)
+    try:
+        return checkpoint.state, safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        raise Corrupt(f"{storage.path / checkpoint.tensors}: no safetensors file ({error})") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
 
 EVALUATION_BATCH = 512
+WEIGHTS = 1 << 40
 log = logging.getLogger(__name__)
 
 
@@ -162,7 +163,7 @@ class Run:
         weights = _weights(self.evaluated)
         self.storage.replace("last.safetensors", weights)
         if self.best:
-            weights = self.storage.read("best.safetensors")
+            weights = self.storage.read("best.safetensors", WEIGHTS)
             if sha256(weights) != self.best_sha256:
                 raise Corrupt(f"{self.storage.path / 'best.safetensors'} is damaged: not the weights that were saved")
         self.storage.replace("student.safetensors", weights)
