@@ -449,6 +449,9 @@ class Fuzz:
                 if result["growth"] > GROWTH:
                     findings.append((seed, f"grew by {result['growth'] >> 20} MiB"))
                 slowest, growth = max(slowest, result["seconds"]), max(growth, result["growth"])
+            if not found:
+                findings.append((part[0], "the child ended without a result"))
+                done += 1
             todo = todo[max(1, len(found)) :]
         return counts | {"findings": findings, "slowest": slowest, "growth": growth, "mutations": done}
 
