@@ -40,7 +40,7 @@ def page(rows: list[str], findings: list[str], args: argparse.Namespace) -> str:
 
 Written by
 
-    python benchmarks/fuzz.py --mutations {args.mutations} --first {args.first}
+    python benchmarks/fuzz.py {" ".join(sys.argv[1:])}
 
 on {cpu()}, torch {torch.__version__}. *Other data* is what a stranger may say under hashes that he made right.
 

@@ -112,8 +112,10 @@ class Leases:
             lease = records.load(Lease, data, name)
         except Error:
             lease = None
-        if lease is not None and lease.machine == self._me.machine:
-            return lease.owner != self._me.owner and lease.process != _process(int(lease.process.partition(":")[0]))
+        here = lease is not None and lease.machine == self._me.machine and lease.owner != self._me.owner
+        if here and lease is not None and lease.process != _process(int(lease.process.partition(":")[0])):
+            return True
+        # One that lives may hang: wherever it runs, it has to renew.
         now = self._clock()
         before, since = self._seen.get(name, (None, now))
         if before != data:
