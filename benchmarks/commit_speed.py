@@ -49,9 +49,8 @@ def measure(folder: Path, row: int, size: int, format: str, repetitions: int) ->
     for i in range(repetitions + 1):
         table["main/logprobs"][:, :8] = i  # other content, or the object would stand there already
         data = table.tobytes()
-        bare = seconds(lambda i=i, data=data: write(folder / f"bare-{i}", data))
+        bare = seconds(lambda i=i, data=data: write(folder / f"bare-{format}-{row}-{size}-{i}", data))
         mine = seconds(lambda i=i: store.put_unit("p", f"u-{i}", table, format, "0" * 64, None, {}))
-        (folder / f"bare-{i}").unlink()
         if i:  # the first round warms up
             ratios.append(bare / mine)
     return ratios

@@ -131,7 +131,7 @@ A small capture (4 units, sealed) on systems that fail. After each run, everythi
 there and whole, `verify` must report nothing, a failing disk must have been one sentence and exit code 6, and
 going on must end with the content of an undisturbed capture. Written by
 
-    {command} --write docs/crash_runs.md
+    {command} --write docs/crash-runs.md
 
 on {cpu()}, Python {platform.python_version()}, {platform.system()} {platform.release()}.
 

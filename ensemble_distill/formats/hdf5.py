@@ -23,7 +23,8 @@ def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
         offset = dataset.id.get_offset()
     data = buffer.getvalue()
     size, names = records.nbytes, records.dtype.names
-    assert names and data[offset : offset + size] == records.tobytes()
+    held = np.frombuffer(data, np.uint8, size, offset)
+    assert names and np.array_equal(held, np.ascontiguousarray(records).view(np.uint8))
     return data, (Segment(fields=names, offset=offset, stride=records.dtype.itemsize),)
 
 

@@ -148,5 +148,5 @@ def content_hash(records: np.ndarray) -> str:
     for name in names:
         column = np.ascontiguousarray(records[name])
         assert column.dtype.byteorder in "<=|"
-        parts.append([name, column.dtype.str, list(column.shape), sha256(column.tobytes())])
+        parts.append([name, column.dtype.str, list(column.shape), sha256(column.reshape(-1).view(np.uint8).data)])
     return sha256(canonical_json(parts))
