@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import hypothesis
 import pytest
+from forked import Forked, Server
 
 # Timings are no test's business: the machine may be busy.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -47,25 +49,28 @@ def shard_of(cache: Path, unit: str) -> Path:
 
 
 class Cli:
-    """Runs the installed command in a folder and returns the finished process."""
+    """Runs the command in a folder and returns the finished process."""
+
+    server: ClassVar[Server | None] = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, *args: object, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        process = subprocess.run(
-            [sys.executable, "-m", "ensemble_distill", *map(str, args)],
-            cwd=self.folder, env=environment(**env), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
-        assert "Traceback" not in process.stderr
-        return process
+        process = self.start(*args, **env)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit {process.returncode}\n{stdout}\n{stderr}"
+        assert "Traceback" not in stderr
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def start(self, *args: object, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ensemble_distill", *map(str, args)],
-            cwd=self.folder, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start(self, *args: object, **env: str) -> subprocess.Popen[str] | Forked:
+        if any(name.startswith("PYTHON") for name in env):  # what Python reads when it starts
+            return subprocess.Popen(
+                [sys.executable, "-m", "ensemble_distill", *map(str, args)],
+                cwd=self.folder, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        Cli.server = Cli.server or Server(environment())
+        return Cli.server.start(list(map(str, args)), self.folder, environment(**env))
 
     def change(self, old: str, new: str, name: str = "digits.py", to: str | None = None) -> None:
         """Edit a file of the folder as a user would (or write the edited text under another name)."""

@@ -83,30 +83,39 @@ def final(run: Path) -> bytes:
     return (run / "student.safetensors").read_bytes()
 
 
-def test_a_training_stopped_and_killed_ends_bit_for_bit_the_same(cached: Cli) -> None:
+COUNT = "def forward(self, x):\n        (HERE / 'steps').open('a').write('.')\n        __import__('time').sleep(0.01)\n"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_training_stopped_and_killed_at_random_steps_ends_bit_for_bit_the_same(cached: Cli, workers: int) -> None:
     """SIGTERM saves in mid-epoch; kill -9 falls back to the last save. Dropout makes the random state count."""
-    cached.change("epochs=2", "epochs=4")
-    cached("train", "digits.py:other", "--cache", "cache", "--out", "straight")
-    slow(cached, 0)
-    cached.change("def forward(self, x):\n", "def forward(self, x):\n        __import__('time').sleep(0.05)\n")
-    run = cached.folder / "broken"
-    for kill in (False, True, False, True):
-        process = cached.start("train", "digits.py:other", "--cache", "cache", "--out", "broken")
-        saved = (run / "checkpoint.json").read_bytes() if (run / "checkpoint.json").exists() else b""
-        if kill:
-            wait_for(lambda: (run / "checkpoint.json").read_bytes() != saved, process)  # noqa: B023
-            process.kill()
-            process.communicate()
-            continue
-        assert process.stdout is not None
-        process.stdout.readline()  # "student: …" or "going on …": the loop is about to start
-        time.sleep(0.4)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate()
-        assert process.returncode in (0, 75), error
-        if process.returncode == 75:
-            assert "saved" in error and "step" in error
-    cached("train", "digits.py:other", "--cache", "cache", "--out", "broken")
+    cached.change("epochs=2", "epochs=6")
+    train = ("train", "digits.py:other", "--cache", "cache", "--workers", workers)
+    cached(*train, "--out", "straight")
+    cached.change("def forward(self, x):\n", COUNT)
+    run, steps, chance = cached.folder / "broken", cached.folder / "steps", random.Random(workers)
+    stops = [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        signal.SIGTERM,
+        signal.SIGTERM,
+        signal.SIGKILL,
+        signal.SIGTERM,
+        signal.SIGTERM,
+    ]
+    codes = []
+    for number in stops:
+        steps.write_text("")
+        after = chance.randrange(3, 14)
+        process = cached.start(*train, "--out", "broken")
+        wait_for(lambda: steps.stat().st_size >= after, process)  # noqa: B023
+        process.send_signal(number)
+        error = process.communicate()[1]
+        codes.append(process.returncode)
+        assert process.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -9}[number], error
+        assert number == signal.SIGKILL or ("saved" in error and "step" in error)
+    assert not (run / "student.safetensors").exists(), "it was stopped before its end each time"
+    cached(*train, "--out", "broken")
     assert losses(run) == losses(cached.folder / "straight")
     assert final(run) == final(cached.folder / "straight")
 
