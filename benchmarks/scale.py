@@ -53,8 +53,9 @@ class Simulated:
         kind = name.partition("/")[0]
         self.requests[kind] = self.requests.get(kind, 0) + 1
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, *parts: bytes | memoryview) -> bool:
         self._count("create")
+        data = b"".join(parts)
         return self.files.setdefault(name, data) is data
 
     def replace(self, name: str, data: bytes) -> None:

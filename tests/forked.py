@@ -133,7 +133,6 @@ def keep(asked: dict[str, Any], handles: list[int]) -> None:
 
 def main() -> None:
     connection = socket.socket(fileno=int(os.environ[SERVED]))
-    import torch._dynamo  # an optimiser asks for it
 
     import ensemble_distill.cli.recording
     import ensemble_distill.evaluation.evaluate

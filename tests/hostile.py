@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from small import file_of
 
 import ensemble_distill.formats.hdf5
 import ensemble_distill.formats.parquet  # noqa: F401  both before any fork
@@ -32,7 +33,7 @@ from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.errors import Error
 from ensemble_distill.fingerprint import canonical_json, sha256
-from ensemble_distill.formats import SUFFIX, encode
+from ensemble_distill.formats import SUFFIX
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.store import records
 from ensemble_distill.store.store import open_store, page_of
@@ -159,7 +160,7 @@ class Forge:
                 rows = np.zeros(commit["rows"], np.dtype(fields, align=True))
                 for name, *_ in fields:
                     rows[name] = value
-                self.shards[unit], segments = encode(self.plan["format"], rows)
+                self.shards[unit], segments = file_of(self.plan["format"], rows)
                 commit["segments"] = [s.model_dump(mode="json") for s in segments]
 
     def files(self) -> Files:

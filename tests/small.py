@@ -8,6 +8,8 @@ from ensemble_distill.cache.plan import Capture, FieldSpec, Group, Plan, Reading
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.config import ViewsConfig
+from ensemble_distill.formats import encode
+from ensemble_distill.formats.layout import Segment
 from ensemble_distill.store.store import Store
 
 
@@ -44,6 +46,12 @@ def rows_of(plan: Plan, item: WorkItem, group: Group) -> np.ndarray:
 
 def keys_of(item: WorkItem) -> np.ndarray:
     return (np.arange(item.first, item.last)[:, None] * np.ones(16)).astype(np.uint8)
+
+
+def file_of(format: str, records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
+    """A shard's bytes in one piece, and its segments."""
+    parts, segments = encode(format, records)
+    return b"".join(parts), segments
 
 
 def put_item(store: Store, plan: Plan, digest: str, item: WorkItem, by: str = "") -> list[bool]:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import file_of
 
 from ensemble_distill.cache.plan import FieldSpec, Group, Plan, Split, WorkItem, unit_rows
 from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch
 from ensemble_distill.fingerprint import sha256
-from ensemble_distill.formats import encode
 from ensemble_distill.formats.layout import Segment, read_segments
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
@@ -88,16 +88,16 @@ def some_records(rows: int) -> np.ndarray:
 @given(rows=st.integers(1, 3000))
 def test_rows_are_read_back_by_offset_without_the_library(format: str, rows: int) -> None:
     table = some_records(rows)
-    data, segments = encode(format, table)
+    data, segments = file_of(format, table)
     found = read_segments(np.frombuffer(data, np.uint8), rows, DTYPE, segments)
     assert found.tobytes() == table.tobytes()
-    assert encode(format, table)[0] == data  # the same content gives the same bytes, hence the same name
+    assert file_of(format, table)[0] == data  # the same content gives the same bytes, hence the same name
 
 
 def test_other_peoples_tools_read_the_shards(tmp_path: Path) -> None:
     table = some_records(50)
     for format in ("hdf5", "parquet"):
-        (tmp_path / format).write_bytes(encode(format, table)[0])
+        (tmp_path / format).write_bytes(file_of(format, table)[0])
     with h5py.File(tmp_path / "hdf5") as file:
         assert file["rows"].chunks is None and file["rows"].compression is None
         assert file["rows"][:].tobytes() == table.tobytes()
@@ -109,7 +109,7 @@ def test_other_peoples_tools_read_the_shards(tmp_path: Path) -> None:
 def test_parquet_units_beyond_the_writers_usual_page_have_one_page_too() -> None:
     table = np.zeros(20_001, [("x", "<f2", (2,))])
     table["x"][-1] = 1
-    data, segments = encode("parquet", table)
+    data, segments = file_of("parquet", table)
     assert read_segments(np.frombuffer(data, np.uint8), 20_001, table.dtype, segments).tobytes() == table.tobytes()
 
 

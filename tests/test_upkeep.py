@@ -15,13 +15,12 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Cli, environment, flip, shard_of
-from small import a_plan, rows_of
+from small import a_plan, file_of, rows_of
 from test_faults import CACHE, TRAIN, VERIFY, content, only, refused
 from test_resume import slow, wait_for
 
 from ensemble_distill.cache.deep import Parser
 from ensemble_distill.errors import Unsafe
-from ensemble_distill.formats import encode
 from ensemble_distill.formats.layout import Segment
 from ensemble_distill.store.records import Commit
 
@@ -217,7 +216,7 @@ def test_strange_hdf5_files_are_told_by_the_child(name: str) -> None:
 
 @pytest.mark.parametrize("format", ["hdf5", "parquet"])
 def test_our_own_shards_pass_and_bytes_moved_or_mangled_do_not(format: str) -> None:
-    data, segments = encode(format, table())
+    data, segments = file_of(format, table())
     deep(data, format, segments)
     moved = tuple(segment.model_copy(update={"offset": segment.offset - 1}) for segment in segments)
     for bad, where in ((data, moved), (data[:-9], segments), (b"", segments), (b"\0" * 500, segments)):
@@ -226,7 +225,7 @@ def test_our_own_shards_pass_and_bytes_moved_or_mangled_do_not(format: str) -> N
 
 
 def test_a_child_that_hangs_or_dies_costs_nothing_but_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, segments = encode("hdf5", table())
+    data, segments = file_of("hdf5", table())
     start = subprocess.Popen
 
     def replaced(program: str):  # type: ignore[no-untyped-def]

@@ -7,16 +7,16 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from ensemble_distill.formats.layout import Segment
+from ensemble_distill.formats.layout import Parts, Segment
 
 SUFFIX = {"hdf5": ".h5", "parquet": ".parquet"}
 
 
 class FormatModule(Protocol):
-    def encode(self, records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]: ...
+    def encode(self, records: np.ndarray) -> tuple[Parts, tuple[Segment, ...]]: ...
 
 
-def encode(format: str, records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
-    """The bytes of one shard holding ``records`` (structured [N]), and its segments."""
+def encode(format: str, records: np.ndarray) -> tuple[Parts, tuple[Segment, ...]]:
+    """The bytes of one shard holding ``records`` (structured [N], which must stay as they are), and its segments."""
     module = importlib.import_module(f"ensemble_distill.formats.{format}")
     return cast(FormatModule, module).encode(records)

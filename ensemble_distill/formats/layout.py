@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from ensemble_distill.config import Config
+
+# A file's bytes in parts, in order: the rows of a large shard are a view of the records, and never copied.
+Parts: TypeAlias = Sequence[bytes | memoryview]
+
+SMALL = 1 << 16
 
 
 class Segment(Config):
@@ -28,3 +34,14 @@ def read_segments(data: np.ndarray, rows: int, dtype: np.dtype, segments: Sequen
             field = dtype[segment.fields[0]]
             records[segment.fields[0]] = raw.view(field.base).reshape(rows, *field.shape)
     return records
+
+
+def merged(parts: Parts) -> Parts:
+    """The same bytes with small neighbours put together: each part is a write."""
+    result: list[bytes | memoryview] = []
+    for part in parts:
+        if result and len(part) <= SMALL and len(result[-1]) <= SMALL:
+            result[-1] = bytes(result[-1]) + bytes(part)
+        elif len(part):
+            result.append(part)
+    return tuple(result)

@@ -5,18 +5,20 @@ Then a column's values stand in one run whose start follows from the footer, and
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ensemble_distill.formats.layout import Segment
+from ensemble_distill.formats.layout import Parts, Segment, merged
 
 
-def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
-    """The bytes of a Parquet file with a column for each field of ``records``, and its segments."""
+def encode(records: np.ndarray) -> tuple[Parts, tuple[Segment, ...]]:
+    """The parts of a Parquet file with a column for each field of ``records``, and its segments."""
     names = records.dtype.names
     assert names
     rows = len(records)
@@ -27,14 +29,15 @@ def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
     )
     arrays = [
         pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(strides[name]), rows, [None, pa.py_buffer(columns[name].tobytes())]
+            pa.binary(strides[name]), rows, [None, pa.py_buffer(columns[name].reshape(-1).view(np.uint8))]
         )
         for name in names
     ]
-    sink = pa.BufferOutputStream()
+    sink = _Sink()
+    described: list[Any] = []
     pq.write_table(
         pa.Table.from_arrays(arrays, schema=schema),
-        sink,
+        pa.PythonFile(sink, mode="w"),
         row_group_size=rows,
         data_page_size=1 << 30,
         max_rows_per_page=rows,
@@ -43,17 +46,37 @@ def encode(records: np.ndarray) -> tuple[bytes, tuple[Segment, ...]]:
         write_statistics=False,
         write_page_checksum=True,
         store_schema=False,
+        metadata_collector=described,
     )
-    data: bytes = sink.getvalue().to_pybytes()
-    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+    group = described[0].row_group(0)
     segments = []
     for i, name in enumerate(names):
-        chunk, column = group.column(i), columns[name]
+        chunk, size = group.column(i), columns[name].nbytes
         end = chunk.data_page_offset + chunk.total_compressed_size
-        offset = end - column.nbytes  # the values are the last thing in the only page
-        assert data[offset:end] == column.tobytes()
-        segments.append(Segment(fields=(name,), offset=offset, stride=strides[name]))
-    return data, tuple(segments)
+        assert sink.starts.get(end - size) == size  # the values are the last thing in the only page
+        segments.append(Segment(fields=(name,), offset=end - size, stride=strides[name]))
+    return merged(sink.parts), tuple(segments)
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what the library writes as it comes: a page's values in one piece. ``starts``: offset and size of each."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.starts: dict[int, int] = {}
+        self._end = 0
+
+    def write(self, data: Any) -> int:
+        self.parts.append(bytes(data))
+        self.starts[self._end] = len(data)
+        self._end += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._end
+
+    def writable(self) -> bool:
+        return True
 
 
 def check(data: bytes, dtype: np.dtype, rows: int, segments: Sequence[Segment]) -> str:

@@ -56,8 +56,8 @@ class CachedStorage:
                 Path(path).unlink()
             total -= size
 
-    def create(self, name: str, data: bytes) -> bool:
-        return self._storage.create(name, data)
+    def create(self, name: str, *data: bytes | memoryview) -> bool:
+        return self._storage.create(name, *data)
 
     def replace(self, name: str, data: bytes) -> None:
         self._storage.replace(name, data)

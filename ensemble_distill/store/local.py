@@ -78,12 +78,12 @@ class LocalStorage:
         self._sync = sync
         self._durable: set[Path] = set()
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, *data: bytes | memoryview) -> bool:
         path = self._path(name)
         created = False
         with _errors(path):
             if not os.path.lexists(path):
-                with self._temporary(path, data) as part, contextlib.suppress(FileExistsError):
+                with self._temporary(path, *data) as part, contextlib.suppress(FileExistsError):
                     self._system.link(part, path)
                     created = True
             if self._sync:
@@ -185,16 +185,17 @@ class LocalStorage:
                 os.close(handle)
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
+    def _temporary(self, path: Path, *data: bytes | memoryview) -> Iterator[Path]:
         # A leading dot keeps it out of list(); the random part keeps writers out of each other's way.
         part = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}.part"
         self._make_directory(path.parent)
         try:
             handle = self._system.open_new(part)
             try:
-                view = memoryview(data)
-                while view:
-                    view = view[self._system.write(handle, view) :]
+                for piece in data:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[self._system.write(handle, view) :]
                 if self._sync:
                     self._system.sync(handle)
             finally:

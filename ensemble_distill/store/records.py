@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -130,9 +131,19 @@ def page(bodies: list[bytes]) -> bytes:
     return b'{"commits":[' + b",".join(bodies) + b"]}"
 
 
-def block_hashes(data: bytes) -> tuple[str, ...]:
-    view = memoryview(data)
-    return tuple(sha256(view[i : i + BLOCK]) for i in range(0, len(data), BLOCK))
+def block_hashes(*parts: bytes | memoryview) -> tuple[str, ...]:
+    """The SHA-256 of each MiB of a file, whose bytes may come in parts."""
+    hashes, block, room = [], hashlib.sha256(), BLOCK
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            block.update(view[:room])
+            taken, view = min(room, len(view)), view[room:]
+            room -= taken
+            if room == 0:
+                hashes.append(block.hexdigest())
+                block, room = hashlib.sha256(), BLOCK
+    return (*hashes, block.hexdigest()) if room < BLOCK else tuple(hashes)
 
 
 def root_hash(blocks: tuple[str, ...]) -> str:

@@ -47,8 +47,8 @@ class RemoteStorage:
         self.root = url.rstrip("/")
         self._sleep = sleep
 
-    def create(self, name: str, data: bytes) -> bool:
-        path = self._at(name)
+    def create(self, name: str, *parts: bytes | memoryview) -> bool:
+        path, data = self._at(name), b"".join(parts)
         try:
             self._try(name, lambda: self.fs.pipe_file(path, data, mode="create"))
         except FileExistsError:

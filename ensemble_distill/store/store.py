@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,22 +92,24 @@ class Store:
 
         The first commit wins: False says that another writer's stands, which may be of another shard.
         """
-        data, segments = encode(format, rows)
-        blocks = records.block_hashes(data)
+        parts, segments = encode(format, rows)
+        with ThreadPoolExecutor(1) as beside:  # two hashes are most of what a commit costs beside its writes
+            content = beside.submit(records.content_hash, rows)
+            blocks = records.block_hashes(*parts)
         commit = Commit(
             plan=plan,
             unit=unit,
             object=records.root_hash(blocks) + SUFFIX[format],
-            size=len(data),
+            size=sum(map(len, parts)),
             rows=len(rows),
             segments=segments,
             blocks=blocks,
-            content=records.content_hash(rows),
+            content=content.result(),
             keys=keys,
             statistics=statistics,
             provenance=provenance,
         )
-        self._put(f"objects/{commit.object}", data)
+        self._put(f"objects/{commit.object}", *parts)
         return commit, self.storage.create(f"commits/{unit}.json", records.seal(commit))
 
     def put_page(self, bodies: list[bytes]) -> str:
@@ -133,9 +136,10 @@ class Store:
         self._put(f"objects/{commit.object}", data)
         return self.storage.create(f"commits/{unit}.json", records.seal(commit))
 
-    def _put(self, name: str, data: bytes) -> None:
+    def _put(self, name: str, *parts: bytes | memoryview) -> None:
         """Create what is named by its content; where it stands already, it may have been damaged since."""
-        if not self.storage.create(name, data):
+        if not self.storage.create(name, *parts):
+            data = b"".join(parts)
             try:
                 whole = self.storage.read(name, len(data)) == data
             except (Corrupt, Unsafe):
