@@ -15,7 +15,8 @@ from ensemble_distill.ensemble.combine import combine
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow
 from ensemble_distill.ensemble.members import load_member, state_digest
 from ensemble_distill.errors import UsageError
-from ensemble_distill.metrics import Tally, accuracy, agreement, ece, kl, nll
+from ensemble_distill.metrics import accuracy, agreement, count, ece, kl, nll
+from ensemble_distill.tally import Tally
 from ensemble_distill.taps import Taps, pool
 
 
@@ -165,15 +166,17 @@ def test_a_tally_adds_up_and_survives_json() -> None:
     logprobs, labels = cases()
     parts = [logprobs, logprobs.roll(3, 0), logprobs.roll(9, 1)]
     whole, first, second = (Tally.empty(["a", "b", "ensemble"]) for _ in range(3))
-    whole.add(parts, labels)
-    first.add([p[:123] for p in parts], labels[:123])
-    second.add([p[123:] for p in parts], labels[123:])
-    first.merge(json.loads(json.dumps(second.state())))
+    count(whole, parts, labels)
+    count(first, [p[:123] for p in parts], labels[:123])
+    count(second, [p[123:] for p in parts], labels[123:])
+    first.merge([json.loads(json.dumps(second.state()))])
     report = whole.report()
     assert report == first.report() or report["predictors"]["a"] == pytest.approx(first.report()["predictors"]["a"])
     assert report["predictors"]["b"]["nll"] == pytest.approx(nll(parts[1], labels), rel=1e-6)
     assert report["predictors"]["ensemble"]["ece"] == pytest.approx(ece(parts[2], labels), rel=1e-9)
     assert report["disagreement"] == pytest.approx(1 - agreement(parts[0], parts[1]))  # the one pair of members
     unlabelled = Tally.empty(["a", "ensemble"])
-    unlabelled.add(parts[:2], None)
+    count(unlabelled, parts[:2], None)
     assert "predictors" not in unlabelled.report()
+    with pytest.raises(ValueError, match="expected predictors"):
+        first.merge([unlabelled.state()])

@@ -22,7 +22,7 @@ from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
 from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
-from ensemble_distill.metrics import Tally
+from ensemble_distill.metrics import count
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.recording.planning import refuse_difference
@@ -31,6 +31,7 @@ from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
+from ensemble_distill.tally import Tally
 
 
 @dataclass
@@ -304,4 +305,4 @@ class _OpenItem:
         for name, values in {"main/logprobs": outputs.logprobs, **outputs.features}.items():
             group, codec = self._fields[name]
             self.records[group][name][part] = codec.encode(values).cpu().numpy()
-        self.tally.add([*outputs.members, outputs.logprobs], piece.labels)
+        count(self.tally, [*outputs.members, outputs.logprobs], piece.labels)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from ensemble_distill.cache.commits import committed_units, missing
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.fingerprint import canonical_json
-from ensemble_distill.metrics import Tally
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
+from ensemble_distill.tally import Tally
 
 READERS = 4
 
@@ -34,47 +36,88 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
             f"{store.root} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
             hint="run `ensemble-distill cache` for them: it goes on where it stopped",
         )
-    keys: dict[tuple[str, int], str] = {}
-    tallies: dict[str, Tally] = {}
-    summary = _Summary()
-    content = hashlib.sha256(_header(plan))
-    pages: list[str] = []
-    bodies: list[bytes] = []
-    size = 0
-    for item, unit, body in _commits(plan, store):
-        commit = _said(body, unit, store.root)
-        if commit["plan"] != plan_digest:
-            raise Corrupt(f"{store.root}: unit {unit} was captured under another plan")
-        held = keys.setdefault((item.split, item.page), commit["keys"])
-        if held != commit["keys"]:
-            raise Corrupt(f"{store.root}: unit {unit} belongs to other samples than the units beside it")
-        if (statistics := commit["statistics"]) is not None:
-            tallies.setdefault(item.split, Tally.empty(statistics["names"])).merge(statistics)
-        summary.add(commit["provenance"])
-        content.update(f"{unit} {commit['content']} {commit['keys']}\n".encode())
-        size += commit["size"]
-        bodies.append(body)
-        if len(bodies) == PAGE_UNITS:
-            pages.append(store.put_page(bodies))
-            bodies = []
-    if bodies:
-        pages.append(store.put_page(bodies))
-    for (split, page), digest in keys.items():
-        first = page * plan.splits[split].unit_rows
-        rows = min(plan.splits[split].rows - first, plan.splits[split].unit_rows)
-        store.keys(split, page, digest, rows)  # a damaged page must not be sealed
-    return store.put_manifest(
-        Manifest(
-            plan=plan_digest,
-            pages=tuple(pages),
-            content_digest=content.hexdigest(),
-            units=plan.units,
-            rows=plan.rows,
-            bytes=size,
-            statistics={split: tally.report() for split, tally in tallies.items()},
-            provenance=summary.report(),
+    sealing = _Sealing(plan, plan_digest, store)
+    for part in _commits(plan, store):
+        sealing.add(part)
+    return store.put_manifest(sealing.manifest())
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A unit and the commit that was read for it."""
+
+    item: WorkItem
+    unit: str
+    body: bytes
+
+
+class _Sealing:
+    """What the commits add up to, part by part, in the order of the units."""
+
+    def __init__(self, plan: Plan, plan_digest: str, store: Store) -> None:
+        self._plan, self._digest, self._store = plan, plan_digest, store
+        # The SHA-256 of each key page, 32 bytes: there may be half a million. Zeros: not seen yet.
+        self._keys = {name: np.zeros(split.pages, "V32") for name, split in plan.splits.items()}
+        self._tallies: dict[str, Tally] = {}
+        self._summary = _Summary()
+        self._content = hashlib.sha256(_header(plan))
+        self._pages: list[str] = []
+        self._bodies: list[bytes] = []
+        self._size = 0
+
+    def add(self, part: list[_Read]) -> None:
+        statistics: dict[str, list[dict[str, Any]]] = {}
+        for read in part:
+            commit = _said(read.body, read.unit, self._store.root)
+            if commit["plan"] != self._digest:
+                raise Corrupt(f"{self._store.root}: unit {read.unit} was captured under another plan")
+            self._one_page(read, bytes.fromhex(commit["keys"]))
+            if (said := commit["statistics"]) is not None:
+                statistics.setdefault(read.item.split, []).append(said)
+            self._summary.add(commit["provenance"])
+            self._content.update(f"{read.unit} {commit['content']} {commit['keys']}\n".encode())
+            self._size += commit["size"]
+            self._bodies.append(read.body)
+            if len(self._bodies) == PAGE_UNITS:
+                self._flush()
+        for split, states in statistics.items():
+            try:
+                if split not in self._tallies:
+                    self._tallies[split] = Tally.empty(states[0]["names"])
+                self._tallies[split].merge(states)
+            except (ValueError, TypeError, KeyError) as error:
+                raise Corrupt(f"{self._store.root}: statistics of {split} that do not add up ({error})") from error
+
+    def manifest(self) -> Manifest:
+        """The manifest, whose pages are written; a damaged key page is found before it is sealed."""
+        self._flush()
+        for split, digests in self._keys.items():
+            rows, unit_rows = self._plan.splits[split].rows, self._plan.splits[split].unit_rows
+            for page, digest in enumerate(digests):
+                self._store.keys(split, page, digest.tobytes().hex(), min(rows - page * unit_rows, unit_rows))
+        return Manifest(
+            plan=self._digest,
+            pages=tuple(self._pages),
+            content_digest=self._content.hexdigest(),
+            units=self._plan.units,
+            rows=self._plan.rows,
+            bytes=self._size,
+            statistics={split: tally.report() for split, tally in self._tallies.items()},
+            provenance=self._summary.report(),
         )
-    )
+
+    def _one_page(self, read: _Read, digest: bytes) -> None:
+        """Units of the same samples name the same page of keys."""
+        pages, page = self._keys[read.item.split], read.item.page
+        if not any(held := pages[page].tobytes()):
+            pages[page] = np.void(digest)
+        elif held != digest:
+            raise Corrupt(f"{self._store.root}: unit {read.unit} belongs to other samples than the units beside it")
+
+    def _flush(self) -> None:
+        if self._bodies:
+            self._pages.append(self._store.put_page(self._bodies))
+            self._bodies = []
 
 
 def _header(plan: Plan) -> bytes:
@@ -86,26 +129,34 @@ def _header(plan: Plan) -> bytes:
     return canonical_json({"reading": plan.reading.model_dump(mode="json"), "splits": splits}) + b"\n"
 
 
-def _commits(plan: Plan, store: Store) -> Iterator[tuple[WorkItem, str, bytes]]:
-    """Each unit's work item, name and commit, in the order of the units."""
+def _commits(plan: Plan, store: Store) -> Iterator[list[_Read]]:
+    """Each unit's commit, in the order of the units, by parts."""
     units = ((item, item.unit(group)) for item in plan.items() for group in plan.groups)
 
-    def read(part: list[tuple[WorkItem, str]]) -> list[tuple[WorkItem, str, bytes]]:
-        return [(item, unit, store.commit_body(unit)) for item, unit in part]
+    def read(part: list[tuple[WorkItem, str]]) -> list[_Read]:
+        return [_Read(item, unit, store.commit_body(unit)) for item, unit in part]
 
     parts = iter(lambda: list(itertools.islice(units, 256)), [])
-    for bodies in prefetch((partial(read, part) for part in parts), READERS):
-        yield from bodies
+    return prefetch((partial(read, part) for part in parts), READERS)
+
+
+_FIELDS = Commit.model_fields.keys()
+_KINDS = (("size", int), ("provenance", dict), ("statistics", (dict, NoneType)), ("keys", str), ("content", str))
 
 
 def _said(body: bytes, unit: str, root: str) -> dict[str, Any]:
     """What a commit says, in a fifth of the time of its full validation, which readers of the manifest do."""
     try:
-        commit: dict[str, Any] = json.loads(body)
+        commit: dict[str, Any] = from_json(body, allow_inf_nan=False)
         if commit["unit"] != unit:
             raise Corrupt(f"{root}/commits/{unit}.json: it commits unit {str(commit['unit'])[:200]}")
-        if commit.keys() != Commit.model_fields.keys():
+        if commit.keys() != _FIELDS:
             raise ValueError(f"its fields are {', '.join(commit)[:200]}")
+        for name, kinds in _KINDS:
+            if not isinstance(commit[name], kinds):
+                raise ValueError(f"its {name} is a {type(commit[name]).__name__}")
+        if len(bytes.fromhex(commit["keys"])) != 32:
+            raise ValueError("its keys are no SHA-256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"{root}/commits/{unit}.json: not the record that was written ({error})") from error
     return commit

@@ -24,7 +24,10 @@ class Storage(Protocol):
     root: str
 
     def create(self, name: str, *data: bytes | memoryview) -> bool:
-        """Write ``name``, whose bytes may come in parts, unless it exists; True if this call created it, also when its reply was lost."""
+        """Write ``name``, whose bytes may come in parts, unless it exists.
+
+        True if this call created it, also when its reply was lost.
+        """
         ...
 
     def replace(self, name: str, data: bytes) -> None:
