@@ -14,15 +14,21 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import Cli, environment, flip, shard_of
-from small import a_plan, file_of, rows_of
+from conftest import Cli, environment, flip, load_module, shard_of
+from small import a_plan, file_of, put_item, rows_of
 from test_faults import CACHE, TRAIN, VERIFY, content, only, refused
 from test_resume import slow, wait_for
 
+import ensemble_distill as ed
 from ensemble_distill.cache.deep import Parser
-from ensemble_distill.errors import Unsafe
+from ensemble_distill.cache.repair import repair
+from ensemble_distill.cache.verify import verify
+from ensemble_distill.errors import Mismatch, Unsafe
 from ensemble_distill.formats.layout import Segment
+from ensemble_distill.recording.seal import seal
+from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit
+from ensemble_distill.store.store import Store
 
 # Many writers ---------------------------------------------------------------------------------------
 
@@ -92,6 +98,18 @@ def test_what_is_damaged_is_captured_again_and_nothing_else(cached: Cli, find: s
         assert (root / "CURRENT").read_text().strip() == expected[0]
     shards = {p for p in before if p.parent.name == "objects" and p != path}
     assert all(p.stat().st_ino == before[p] for p in shards)
+
+
+def test_a_repair_goes_on_where_a_list_of_damage_was_given_up(tmp_path: Path) -> None:
+    store, plan = Store(LocalStorage(tmp_path)), a_plan()
+    digest = store.put_plan(plan)
+    for item in plan.items():
+        put_item(store, plan, digest, item)
+    seal(plan, digest, store)
+    for path in (tmp_path / "objects").iterdir():
+        flip(path)
+    mended = repair(store, lambda: verify(store, most=3))
+    assert len(mended.dropped) == mended.missing == plan.units and not list((tmp_path / "objects").iterdir())
 
 
 def test_repair_without_a_pipeline_says_what_is_left_to_do(cached: Cli) -> None:
@@ -300,3 +318,69 @@ def test_a_requeued_job_ends_with_the_same_digest(cached: Cli) -> None:
             break
         assert process.returncode == 75
     assert content(cached.folder / "job") == content(cached.folder / "cache")
+
+
+# A part of a cache ----------------------------------------------------------------------------------
+
+
+def drop(cache: Path, *units: str) -> None:
+    (cache / "CURRENT").unlink(missing_ok=True)
+    for unit in units:
+        (cache / "commits" / f"{unit}.json").unlink()
+
+
+def test_a_part_of_a_cache_teaches_only_where_that_is_asked_for_and_is_recorded(cached: Cli) -> None:
+    drop(cached.folder / "cache", "train-v000000-00000002.targets", "train-v000001-00000000.tap.a.pool")
+    (cached.folder / "cache/keys/train-00000002").unlink()
+    refused(cached(*TRAIN, code=3), "26/28 units committed", "rows 400–599")
+    error = cached(*TRAIN, "--allow-partial", "--verify-source").stderr
+    assert "not complete" in error and "800 of 1000 samples" in error
+    config = json.loads((cached.folder / "run/config.json").read_text())
+    assert config["manifest"] == ""
+    assert config["partial"]["train"] == {"rows": 800, "rows_planned": 1000, "views": 1, "views_planned": 2}
+    used = ed.open_cache(cached.folder / "cache", allow_partial=True)
+    source = load_module(cached.folder / "digits.py").data().sources["train"]
+    seen = np.concatenate([b.index for epoch in (0, 1) for b in used.loader(source, 64, epoch=epoch)])
+    assert np.array_equal(np.unique(seen, return_counts=True)[1], np.full(800, 2))
+    assert not set(seen) & set(range(400, 600))
+    with pytest.raises(Mismatch, match="no view 1"):
+        used.targets_at(np.arange(3), 1)
+    cached("evaluate", "digits.py", "--run", "run", "--allow-partial")
+    cached(*CACHE)
+    grown = cached(*TRAIN, code=3)
+    assert "has grown" in refused(grown, "cache_content") + grown.stderr
+    refused(cached("evaluate", "digits.py", "--run", "run", code=3), "content digest")
+    cached(*TRAIN[:-1], "whole", "--allow-partial")
+    assert json.loads((cached.folder / "whole/config.json").read_text())["partial"] == {}
+
+
+def test_whole_views_are_used_before_parts_of_one(cached: Cli) -> None:
+    drop(cached.folder / "cache", "train-v000001-00000003.targets")
+    assert "1000 of 1000 samples" in cached(*TRAIN, "--allow-partial").stderr
+
+
+def test_a_part_without_a_training_sample_teaches_nothing(cached: Cli) -> None:
+    cache = cached.folder / "cache"
+    drop(cache, *[path.stem for path in (cache / "commits").glob("train-v000000-*.targets.json")])
+    refused(cached(*TRAIN, "--allow-partial", code=3), "none of the samples of 'train'")
+    shutil.rmtree(cache / "commits")
+    refused(cached(*TRAIN, "--allow-partial", code=3), "0/28 units committed")
+
+
+def test_a_part_is_checked_as_a_whole_is(cached: Cli) -> None:
+    cache = cached.folder / "cache"
+    drop(cache, "train-v000001-00000003.targets")
+    flip(shard_of(cache, "train-v000000-00000001.targets"))
+    refused(cached(*TRAIN, "--allow-partial", code=4), "train-v000000-00000001.targets")
+    digest = ("--expect-digest", "0" * 64)
+    refused(cached(*TRAIN, "--allow-partial", *digest, code=3), "0" * 64)
+
+
+def test_evaluate_reads_a_cache_as_train_does(cached: Cli) -> None:
+    cached(*TRAIN)
+    digest = (cached.folder / "cache/CURRENT").read_text().strip()
+    run = ("evaluate", "digits.py", "--run", "run")
+    cached(*run, "--expect-digest", digest, "--memory", 1, "--copies", "copies")
+    refused(cached(*run, "--expect-digest", "0" * 64, code=3), digest)
+    shutil.rmtree(cached.folder / "cache")
+    refused(cached(*run, "--expect-digest", digest, code=2), "no cache to compare with")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
+from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
 from ensemble_distill.cache.plan import TARGETS, Group, Plan
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.config import DataConfig, difference, suggestion
@@ -48,20 +49,63 @@ class Batch:
 
 
 class Cache:
-    """Read access to a sealed cache. Made by ``open_cache``."""
+    """Read access to a cache. Made by ``open_cache``.
 
-    def __init__(self, store: Store, digest: str, memory: int) -> None:
-        self.root, self.digest = store.root, digest
-        self.manifest: Manifest = store.manifest(digest)
-        self.plan: Plan = store.plan(self.manifest.plan, Plan)
-        self.commits = Commits(store, self.plan, self.manifest)
+    digest: of the manifest, "" where there is none. parts: what of each split can be used; all of it, unless the
+    cache is not complete and its user asked for what is there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        commits: Commits | LooseCommits,
+        parts: Mapping[str, Part],
+        memory: int,
+        *,
+        digest: str,
+        content_digest: str,
+    ) -> None:
+        self.root, self.digest, self.content_digest = store.root, digest, content_digest
+        self.plan, self.commits, self.parts = plan, commits, parts
         self._store, self._memory = store, memory
-        self._rows = Rows(store, self.plan, self.commits, memory)
+        self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
 
+    def manifest(self) -> Manifest:
+        """What was sealed: digests, rows, bytes, statistics."""
+        return self._store.manifest(self.digest)
+
     @property
-    def content_digest(self) -> str:
-        return self.manifest.content_digest
+    def partial(self) -> dict[str, dict[str, int]]:
+        """Of a cache that is not complete, by split: the rows and views that can be used, and of how many."""
+        return {
+            name: {
+                "rows": len(self._held(name)),
+                "rows_planned": split.rows,
+                "views": self.parts[name].views if name in self.parts else 0,
+                "views_planned": split.views,
+            }
+            for name, split in (self.plan.splits.items() if not self.digest else ())
+        }
+
+    def positions(self, source: Source, split: str) -> np.ndarray:
+        """The samples of a source that this cache can serve, int64 [n]: all of them, if it is complete.
+
+        Of a cache that is not, those whose own row is there: it serves a source in its own order only.
+        """
+        if self.digest:
+            return np.arange(len(source))
+        held = self._held(split)
+        return held[held < len(source)]
+
+    def _held(self, split: str) -> np.ndarray:
+        """The rows of a split that can be used, int64 [n]."""
+        if split not in self.parts:
+            return np.empty(0, np.int64)
+        rows = np.arange(self.plan.splits[split].rows)
+        held: np.ndarray = rows[self.parts[split].has(rows, self.plan.splits[split].unit_rows)]
+        return held
 
     @property
     def taps(self) -> list[str]:
@@ -70,8 +114,8 @@ class Cache:
 
     def table(self, split: str) -> KeyTable:
         """The key table of a split, read and checked on first use."""
-        if split not in self.plan.splits:
-            raise Mismatch(f"{self.root} has no split {split!r}{suggestion(split, self.plan.splits)}")
+        if split not in self.parts:
+            raise Mismatch(f"{self.root} has no split {split!r}{suggestion(split, self.parts)}")
         if split not in self._tables:
             if (size := self.plan.splits[split].rows * KEY_BYTES) > max(self._memory, MIN_KEYS):
                 raise UsageError(
@@ -92,7 +136,7 @@ class Cache:
 
     def targets_at(self, rows: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
         """The same by row of the cache (int64 [B]), for callers that have joined by key already."""
-        views = self.plan.splits[split].views
+        views = self.parts[split].views if split in self.parts else 0
         if not 0 <= view < views:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
         main = self._decode(self.plan.group(TARGETS), split, view, rows)
@@ -129,9 +173,11 @@ class Cache:
         Each sample is hashed as it is read, and no batch is handed out before its keys have been found in
         the cache. ``start`` skips batches (to resume). ``workers`` threads read, hash and render ahead.
         """
-        view = epoch % self.plan.splits[split].views if split in self.plan.splits else 0
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
-        order = permutation(len(source), seed, epoch) if shuffle else np.arange(len(source))
+        view = epoch % self.parts[split].views
+        order = self.positions(source, split)
+        if shuffle:
+            order = order[permutation(len(order), seed, epoch)]
         # Of nearly equal size: a last batch of one row would be no batch to a batch norm.
         batches = np.array_split(order, max(1, -(-len(order) // batch_size)))[start:]
         return prefetch((partial(self._batch, source, index, split, view, tuple(taps)) for index in batches), workers)
@@ -155,7 +201,7 @@ class Cache:
         source (Mismatch) from a reordered one.
         """
         check_label_range(source, split, len(self.plan.reading.classes))
-        spec = self.plan.splits.get(split)
+        spec = self.plan.splits.get(split) if split in self.parts else None
         if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
             return
         if array_digest(source.labels) != spec.labels and (self.verify_source(source, split)).all():
@@ -167,8 +213,9 @@ class Cache:
     def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
         """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
         table, own = self.table(split), []
-        for first in range(0, len(source), batch_size):
-            index = np.arange(first, min(len(source), first + batch_size))
+        positions = self.positions(source, split)
+        for first in range(0, len(positions), batch_size):
+            index = positions[first : first + batch_size]
             own.append(table.rows(source.load(index).keys, index) == index)
         return np.concatenate(own) if own else np.empty(0, bool)
 
@@ -179,6 +226,9 @@ class Cache:
         return Batch(render_inputs(inputs, keys, self.plan, view), labels, targets, keys, index, view)
 
     def _key_page(self, split: str, page: int) -> np.ndarray:
+        if not self.parts[split].pages[page]:
+            spec = self.plan.splits[split]
+            return np.zeros((min(spec.unit_rows, spec.rows - page * spec.unit_rows), KEY_BYTES), np.uint8)
         item = self.plan.item(self.plan.number(split, 0, page))
         commit = self.commits.get(item, self.plan.group(TARGETS))
         return self._store.keys(split, page, commit.keys, item.rows)
@@ -195,27 +245,42 @@ def open_cache(
     expect_digest: str | None = None,
     copies: str | Path | None = None,
     copies_size: int = COPIES_SIZE,
+    allow_partial: bool = False,
 ) -> Cache:
-    """Open a sealed cache for reading: a directory, or a bucket (s3://…, gs://…).
+    """Open a cache for reading: a directory, or a bucket (s3://…, gs://…).
 
     ``memory``: bytes of rows to keep at most (default: a quarter of the machine's). ``expect_digest``: the
     manifest digest that you trust; Mismatch if the cache has another one. ``copies``: a folder for copies of what
-    is read from a bucket, at most ``copies_size`` bytes, which processes may share. Raises UsageError (no
-    directory), Mismatch (no cache, or not complete), Corrupt (bytes that are not what was committed).
+    is read from a bucket, at most ``copies_size`` bytes, which processes may share. ``allow_partial``: open what is
+    committed of a cache that is not complete. Raises UsageError (no directory), Mismatch (no cache, or not complete),
+    Corrupt (bytes that are not what was committed).
     """
     store = open_store(path)
     if copies is not None:
         store = Store(CachedStorage(store.storage, copies, copies_size))
+    memory = memory or _quarter_of_memory()
     digest = store.current()
-    if digest is None:
-        plan = held_plan(store)
-        done = committed_units(store, plan)
+    if digest is None and expect_digest is None:
+        return _open_part(store, memory, allow_partial)
+    trust(store, expect_digest)
+    manifest = store.manifest(str(digest))
+    plan = store.plan(manifest.plan, Plan)
+    commits = Commits(store, plan, manifest)
+    return Cache(store, plan, commits, whole(plan), memory, digest=str(digest), content_digest=manifest.content_digest)
+
+
+def _open_part(store: Store, memory: int, allowed: bool) -> Cache:
+    """What is committed of a cache that is not sealed; Mismatch unless that is ``allowed`` and there is something."""
+    plan = held_plan(store)
+    done = committed_units(store, plan)
+    parts = usable(plan, done)
+    if not allowed or not parts:
         raise Mismatch(
-            f"{path} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
+            f"{store.root} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
             hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
         )
-    trust(store, expect_digest)
-    return Cache(store, digest, memory or _quarter_of_memory())
+    commits = LooseCommits(store, plan, str(store.plan_digest()))
+    return Cache(store, plan, commits, parts, memory, digest="", content_digest=part_digest(plan, parts, commits))
 
 
 def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:

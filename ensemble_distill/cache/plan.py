@@ -20,6 +20,7 @@ from ensemble_distill.codecs.dense import Dense
 from ensemble_distill.codecs.features import Features
 from ensemble_distill.config import Config, Format, Name, ViewsConfig
 from ensemble_distill.errors import Corrupt
+from ensemble_distill.fingerprint import canonical_json
 
 TARGETS = "targets"
 MIN_UNIT_ROWS = 1024
@@ -224,6 +225,14 @@ class Plan(Config):
     @cached_property
     def _group_numbers(self) -> dict[str, int]:
         return {group.name: i for i, group in enumerate(self.groups)}
+
+    def content_header(self) -> bytes:
+        """What a content digest says beside each unit's content and keys: the reading section, rows and labels.
+
+        Not how it is stored: HDF5 and Parquet give the same, and so do any workers in any order.
+        """
+        splits = {name: [s.rows, s.views, s.labels] for name, s in self.splits.items()}
+        return canonical_json({"reading": self.reading.model_dump(mode="json"), "splits": splits}) + b"\n"
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)

@@ -24,6 +24,10 @@ class Mended:
     removed: list[str] = field(default_factory=list)
     missing: int = 0
 
+    @property
+    def files(self) -> int:
+        return len(self.dropped) + len(self.restored) + len(self.removed)
+
 
 def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
     """Act on what ``check`` (a ``verify``) finds. A cache that lacks units afterwards is not sealed: capture goes on.
@@ -32,8 +36,16 @@ def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
     """
     mended = Mended()
     _mend_pointer(store, mended)
-    verdict = check()
+    while _mend(store, check(), mended):
+        pass  # a check gives up its list where that grows long; the rest is found in the next round
+    mended.missing = int((~committed_units(store, held_plan(store))).sum())
+    return mended
+
+
+def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
+    """Act on one list of what is wrong; whether there may be more, and this round was of use."""
     plan = held_plan(store)
+    before = mended.files
     if not verdict.ok:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
@@ -55,8 +67,7 @@ def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
         for unit in sorted(lost):
             _drop(store, unit, commits.get(unit))
             mended.dropped.append(unit)
-    mended.missing = int((~committed_units(store, plan)).sum())
-    return mended
+    return verdict.more and mended.files > before
 
 
 def _drop(store: Store, unit: str, sealed: Commit | None) -> None:

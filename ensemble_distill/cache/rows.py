@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits
+from ensemble_distill.cache.partial import LooseCommits, Part
 from ensemble_distill.cache.plan import MAX_UNIT_BYTES, Group, Plan, WorkItem
 from ensemble_distill.errors import UsageError
 from ensemble_distill.formats.layout import read_segments
@@ -27,8 +28,10 @@ class Rows:
     shuffle, since each batch then touches most units.
     """
 
-    def __init__(self, store: Store, plan: Plan, commits: Commits, memory: int) -> None:
-        self._store, self._plan, self._commits, self._memory = store, plan, commits, memory
+    def __init__(
+        self, store: Store, plan: Plan, commits: Commits | LooseCommits, parts: Mapping[str, Part], memory: int
+    ) -> None:
+        self._store, self._plan, self._commits, self._parts, self._memory = store, plan, commits, parts, memory
         self._held: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -61,7 +64,7 @@ class Rows:
 
     def _read_view(self, group: Group, split: str, view: int) -> np.ndarray:
         table = np.empty((self._plan.splits[split].rows, group.dtype.itemsize), np.uint8)
-        items = [self._item(split, view, page) for page in range(self._plan.splits[split].pages)]
+        items = [self._item(split, view, int(page)) for page in np.flatnonzero(self._parts[split].pages)]
         parts = prefetch((partial(self._read_unit, group, item) for item in items), READERS)
         for item, part in zip(items, parts, strict=True):
             table[item.first : item.last] = part

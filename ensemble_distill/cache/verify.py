@@ -59,11 +59,12 @@ def verify(
     workers: int = 4,
     limit: int | None = None,
     deep: DeepCheck | None = None,
+    most: int = MOST_DAMAGE,
 ) -> Verdict:
     """Check plan, manifest, pages, key pages, commits and shards; of an unsealed cache, what is committed so far.
 
     ``limit`` leaves out the shards of work items beyond the first ``limit`` samples of their split; ``deep``
-    looks inside each shard as well.
+    looks inside each shard as well. The search is given up at ``most`` damages.
     """
     verdict = Verdict()
     for size, damage in prefetch(_checks(store, verdict, limit, deep), workers):  # hashing releases the lock
@@ -72,7 +73,7 @@ def verify(
         if damage is not None:
             verdict.damaged.append(damage)
         report(verdict)
-        if len(verdict.damaged) >= MOST_DAMAGE:
+        if len(verdict.damaged) >= most:
             verdict.more = True
             break
     return verdict

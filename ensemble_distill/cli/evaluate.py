@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common
+from ensemble_distill.cli.options import common, reading
 
 
 @click.command(name="evaluate")
@@ -15,6 +16,7 @@ from ensemble_distill.cli.options import common
 @click.option(
     "--cache", "cache_path", metavar="DIR", help="Cache to compare with.  [default: the run's own, if it is there]"
 )
+@reading
 @click.option("--split", default="test", show_default=True, help="Split to score on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common
@@ -29,6 +31,7 @@ def command(
     workers: int,
     device: str,
     quiet: bool,
+    **reading: Any,
 ) -> None:
     """Score the student of a finished RUN: against the labels, and against the cached ensemble.
 
@@ -36,11 +39,9 @@ def command(
     Example:
       ensemble-distill evaluate pipelines/fashion_mnist.py --run runs/a
     """
-    from pathlib import Path
-
-    from ensemble_distill.cache.cache import open_cache
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.reading import opened
     from ensemble_distill.cli.show import scores
     from ensemble_distill.config import suggestion
     from ensemble_distill.device import devices
@@ -55,8 +56,10 @@ def command(
     splits = sources(data, limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
-    path = Path(cache_path) if cache_path else run_cache(run_path)
-    cache = open_cache(path) if path else None
+    path = cache_path or run_cache(run_path)
+    if path is None and reading["expect_digest"] is not None:
+        raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
+    cache = opened(path, **reading) if path else None
     if cache is not None:
         cache.check(data)
         cache.check_labels(splits[split], split)

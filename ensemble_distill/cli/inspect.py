@@ -28,7 +28,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
     from ensemble_distill.cli.show import show_statistics
 
     held = open_cache(cache, expect_digest=expect_digest)
-    plan, manifest = held.plan, held.manifest
+    plan, manifest = held.plan, held.manifest()
     if as_json:
         report = {
             "path": str(held.root),

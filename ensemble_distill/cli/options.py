@@ -73,19 +73,34 @@ def expect_digest(command: F) -> F:
     )(command)
 
 
-def copies(command: F) -> F:
-    """--copies, --copies-size."""
-    size = click.option(
-        "--copies-size",
-        type=click.IntRange(1),
-        default=10_000,
-        show_default=True,
-        metavar="MB",
-        help="Its size at most.",
-    )(command)
-    return click.option(
-        "--copies", metavar="DIR", help="Keep copies of what is read from a bucket here; processes may share it."
-    )(size)
+def reading(command: F) -> F:
+    """What every command that learns from a cache, or compares with one, takes; ``opened`` opens it so."""
+    options = [
+        expect_digest,
+        click.option(
+            "--allow-partial", is_flag=True, help="Use what is committed of a cache that is not complete; recorded."
+        ),
+        click.option(
+            "--memory",
+            type=click.IntRange(1),
+            metavar="MB",
+            help="Keep at most this much of the cache in memory.  [default: a quarter of the RAM]",
+        ),
+        click.option(
+            "--copies", metavar="DIR", help="Keep copies of what is read from a bucket here; processes may share it."
+        ),
+        click.option(
+            "--copies-size",
+            type=click.IntRange(1),
+            default=10_000,
+            show_default=True,
+            metavar="MB",
+            help="Their size at most.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 class Span(click.ParamType[range]):

@@ -50,7 +50,8 @@ def command(
         console.progress(f"{files} files checked, {damaged} damaged")
 
     with ui.stoppable(grace), console.live():
-        mended = repair(store, lambda: verify(store, lambda v: report(v.files, len(v.damaged)), os.cpu_count() or 1))
+        workers = os.cpu_count() or 1
+        mended = repair(store, lambda: verify(store, lambda v: report(v.files, len(v.damaged)), workers, most=1 << 18))
     for verb, names in (("restored", mended.restored), ("removed", mended.removed), ("dropped", mended.dropped)):
         for name in names[:20]:
             console.say(f"{verb}: {name}")

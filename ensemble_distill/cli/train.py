@@ -7,23 +7,16 @@ from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, copies, expect_digest, grace, settings
+from ensemble_distill.cli.options import common, grace, reading, settings
 
 
 @click.command(name="train")
 @click.argument("pipeline", metavar="PIPELINE[:VARIANT]")
 @click.option("--cache", "cache_path", required=True, metavar="DIR", help="The cache to learn from.")
 @click.option("--out", required=True, metavar="RUN", help="Directory of the run; the same command resumes it.")
-@expect_digest
+@reading
 @click.option("--verify-source", is_flag=True, help="Look up every sample's key before the first step.")
-@click.option(
-    "--memory",
-    type=click.IntRange(1),
-    metavar="MB",
-    help="Keep at most this much of the cache in memory.  [default: a quarter of the RAM]",
-)
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events (extra: tensorboard).")
-@copies
 @grace
 @settings
 @common
@@ -31,12 +24,8 @@ def command(
     pipeline: str,
     cache_path: str,
     out: str,
-    expect_digest: str | None,
     verify_source: bool,
-    memory: int | None,
     tensorboard: bool,
-    copies: str | None,
-    copies_size: int,
     grace: float,
     settings: tuple[str, ...],
     limit: int | None,
@@ -44,6 +33,7 @@ def command(
     workers: int,
     device: str,
     quiet: bool,
+    **reading: Any,
 ) -> None:
     """Train the student of PIPELINE from a cache; no teacher is loaded.
 
@@ -52,9 +42,9 @@ def command(
       ensemble-distill train pipelines/fashion_mnist.py --cache caches/fmnist --out runs/a
       ensemble-distill train pipelines/fashion_mnist.py:alone --cache caches/fmnist --out runs/b
     """
-    from ensemble_distill.cache.cache import open_cache
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.reading import opened
     from ensemble_distill.cli.show import scores
     from ensemble_distill.config import override
     from ensemble_distill.device import devices
@@ -67,19 +57,13 @@ def command(
     if batch_size is not None:
         config = override(config, [f"batch_size={batch_size}"])
     config = override(config, settings)
-    cache = open_cache(
-        cache_path,
-        memory=memory and memory * 1_000_000,
-        expect_digest=expect_digest,
-        copies=copies,
-        copies_size=copies_size * 1_000_000,
-    )
+    cache = opened(cache_path, **reading)
     data = loaded.data()
     splits = sources(data, limit)
     events = Events(out) if tensorboard else None
     with ui.stoppable(grace) as stop:
         if verify_source:
-            for split in (name for name in splits if name in cache.plan.splits):
+            for split in (name for name in splits if name in cache.parts):
                 own = cache.verify_source(splits[split], split)
                 console.say(f"{split}: {len(own):,} samples proved by key, {own.sum():,} at their own row")
         run = Run(data, config, splits, cache, out, devices(device)[0], workers=workers)
@@ -88,7 +72,7 @@ def command(
         elif run.state["step"]:
             console.say(f"going on at epoch {run.state['epoch'] + 1}, step {run.state['step']}")
         parameters = sum(p.numel() for p in run.student.parameters())
-        views = cache.plan.splits["train"].views
+        views = cache.parts["train"].views
         console.say(
             f"student: {parameters:,} parameters, {run.precision} on {run.device}; "
             f"cache {cache.content_digest[:12]}, {views} view(s)"

@@ -68,13 +68,13 @@ def evaluate(
     """accuracy, nll, ece; agreement and kl to the ensemble where a cache is given; parameters; latency_ms."""
     if cache is not None:
         batches = cache.loader(source, batch_size, split=split, shuffle=False, workers=workers)
-        scores = score(model, batches, device)
+        scores, rows = score(model, batches, device), len(cache.positions(source, split))
     else:
-        scores = score(model, _plain(source, batch_size), device)
+        scores, rows = score(model, _plain(source, batch_size), device), len(source)
     example = read(source, np.arange(min(64, len(source))))[0]
     return {
         "split": split,
-        "rows": len(source),
+        "rows": rows,
         **scores,
         "parameters": sum(p.numel() for p in model.parameters()),
         "latency_ms": {str(n): latency(model, example, n, device) for n in (1, 64)},

@@ -16,7 +16,6 @@ from pydantic_core import from_json
 from ensemble_distill.cache.commits import committed_units, missing
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Mismatch
-from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
@@ -60,7 +59,7 @@ class _Sealing:
         self._keys = {name: np.zeros(split.pages, "V32") for name, split in plan.splits.items()}
         self._tallies: dict[str, Tally] = {}
         self._summary = _Summary()
-        self._content = hashlib.sha256(_header(plan))
+        self._content = hashlib.sha256(plan.content_header())
         self._pages: list[str] = []
         self._bodies: list[bytes] = []
         self._size = 0
@@ -118,15 +117,6 @@ class _Sealing:
         if self._bodies:
             self._pages.append(self._store.put_page(self._bodies))
             self._bodies = []
-
-
-def _header(plan: Plan) -> bytes:
-    """What the content digest says beside each unit's content and keys: the reading section, rows and labels.
-
-    Not how it is stored: HDF5 and Parquet give the same, and so do any workers in any order.
-    """
-    splits = {name: [s.rows, s.views, s.labels] for name, s in plan.splits.items()}
-    return canonical_json({"reading": plan.reading.model_dump(mode="json"), "splits": splits}) + b"\n"
 
 
 def _commits(plan: Plan, store: Store) -> Iterator[list[_Read]]:

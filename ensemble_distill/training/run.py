@@ -93,14 +93,22 @@ class Run:
         """Check everything that can be checked before step 1. Raises UsageError and Mismatch."""
         cache.check(data)
         for split, source in sources.items():
-            if split in cache.plan.splits:
+            if split in cache.parts:
                 cache.check_labels(source, split)
         for split in ("held_out", "test"):
-            if split in sources and split not in cache.plan.splits:
+            if split in sources and split not in cache.parts:
                 log.warning("%s holds no split %r: it is left out of the scores", cache.root, split)
         if "train" not in sources:
             raise UsageError("data() has no source named 'train'")
         self.data, self.config, self.sources, self.cache = data, config, sources, cache
+        self.rows = len(cache.positions(sources["train"], "train"))
+        if cache.partial:
+            log.warning("%s is not complete: trained on %d of %d samples", cache.root, self.rows, len(sources["train"]))
+            if not self.rows:
+                raise Mismatch(
+                    f"{cache.root} is not complete: it holds none of the samples of 'train'",
+                    hint="go on with `ensemble-distill cache`",
+                )
         self.device, self.workers = device, workers
         self.storage = LocalStorage(out)
         self.best: dict[str, int | float] = {}
@@ -136,7 +144,7 @@ class Run:
                 self._stop(sums)
         losses = self._losses(sums)
         line = {"epoch": epoch + 1, "step": self.state["step"], "train": losses}
-        if "held_out" in self.sources and "held_out" in self.cache.plan.splits:
+        if "held_out" in self.sources and "held_out" in self.cache.parts:
             line["held_out"] = self._score(self.evaluated, "held_out")
             self._keep_best(line["held_out"])
         line["lr"] = self._rate(self.state["step"] - 1)
@@ -169,7 +177,7 @@ class Run:
         self.storage.replace("student.safetensors", weights)
         line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
         line["student"] = sha256(weights)
-        if "test" in self.sources and "test" in self.cache.plan.splits:
+        if "test" in self.sources and "test" in self.cache.parts:
             final = copy.deepcopy(self.evaluated)
             final.load_state_dict(safetensors.torch.load(weights))
             line["test"] = self._score(final, "test")
@@ -205,7 +213,7 @@ class Run:
         return [*self.student.parameters(), *self.objective.adapters.parameters()]
 
     def _losses(self, sums: Tensor) -> dict[str, float]:
-        rows = len(self.sources["train"])
+        rows = self.rows
         losses = {n: v / rows for n, v in zip(self.state["sums"], sums.tolist(), strict=True)}
         return self._finite("the training loss", losses)
 
@@ -258,7 +266,7 @@ class Run:
         self.precision: Resolved = self._resolve_precision(first)
         self.optimizer = make_optimizer(self.config.optimizer, self._parameters())
         self.ema = Ema(self.student, self.config.ema) if self.config.ema else None
-        self.steps = self.config.epochs * -(-len(self.sources["train"]) // self.config.batch_size)
+        self.steps = self.config.epochs * -(-self.rows // self.config.batch_size)
         self.state: dict[str, Any] = {
             "step": 0, "epoch": 0, "batch": 0, "finished": False,
             "sums": dict.fromkeys(["loss", *self.objective.terms], 0.0),
@@ -299,6 +307,7 @@ class Run:
             self.described: dict[str, Any] = wanted | {
                 "cache": location(self.cache.root),
                 "manifest": self.cache.digest,
+                "partial": self.cache.partial,
                 "provenance": provenance(),
             }
             return
@@ -308,7 +317,9 @@ class Run:
             field, old, new = hit
             raise Mismatch(
                 f"{root} holds another run: its {field} is {old!r}, this one's {new!r}",
-                hint="choose another --out, or restore the configuration to go on with that run",
+                hint="choose another --out: the cache has grown since, or holds something else"
+                if field == "cache_content"
+                else "choose another --out, or restore the configuration to go on with that run",
             )
 
     def _read_config(self) -> dict[str, Any]:
