@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ensemble_distill.cache.cache import Batch, Cache, open_cache
+    from ensemble_distill.codec import Dense, Members, Sampled, TopK, VarOpt
     from ensemble_distill.config import (
         CacheConfig,
         Crop,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Names are imported when they are used, so that `import ensemble_distill` does not import torch.
 _HOMES = {
     "cache.cache": ("Batch", "Cache", "open_cache"),
+    "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
         "CacheConfig", "Crop", "DataConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "Member",
         "OptimizerConfig", "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
@@ -43,9 +45,9 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Batch", "Cache", "CacheConfig", "Crop", "DataConfig", "Erase", "FeatureMatch", "Flip",
-    "HardLabels", "Member", "OptimizerConfig", "ScheduleConfig", "SoftTargets", "Tap", "Targets",
-    "TrainConfig", "ViewsConfig", "open_cache", "read_idx",
+    "ArraySource", "Batch", "Cache", "CacheConfig", "Crop", "DataConfig", "Dense", "Erase", "FeatureMatch", "Flip",
+    "HardLabels", "Member", "Members", "OptimizerConfig", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets",
+    "TopK", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
 ]  # fmt: skip
 
 

@@ -8,20 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ensemble_distill.codec import Dense, HeadCodec, Members, TopK
 from ensemble_distill.errors import UsageError
+from ensemble_distill.frozen import Config
 
 Precision = Literal["auto", "fp32", "bf16"]
 Format = Literal["hdf5", "parquet"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
-
-
-class Config(BaseModel):
-    """The base of every configuration: immutable, and an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 # Data: used by both stages --------------------------------------------------------------------------
@@ -120,6 +116,7 @@ class CacheConfig(Config):
     members: tuple[Member, ...] = Field(min_length=1)
     combine: Literal["mean_probs", "mean_logits"] = "mean_probs"
     temperature: float = Field(1.0, gt=0)
+    codec: HeadCodec = Field(Dense(), discriminator="name")
     taps: tuple[Tap, ...] = ()
     views: int = Field(1, ge=1, lt=2**24)
     format: Format = "hdf5"
@@ -133,6 +130,12 @@ class CacheConfig(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two members are named {name!r}")
+        kept = isinstance(self.codec, Members) and isinstance(self.codec.inner, TopK)
+        if kept and (self.combine != "mean_probs" or self.temperature != 1):
+            raise ValueError(
+                "a topk of members is mixed by mean_probs at temperature 1 only, "
+                "for anything else needs all classes: use Members(inner=Dense())"
+            )
         for tap in self.taps:
             if tap.member not in names:
                 raise ValueError(f"tap {tap.field!r} names no member{suggestion(tap.member, names)}")

@@ -42,17 +42,6 @@ def ece(logprobs_BC: Tensor, labels_B: Tensor) -> float:
     return calibration_error(_bins(logprobs_BC, logprobs_BC.argmax(1) == labels_B).cpu().numpy())
 
 
-def agreement(logits_BC: Tensor, target_BC: Tensor) -> float:
-    """Share of rows on which two predictors name the same class."""
-    return float((logits_BC.argmax(1) == target_BC.argmax(1)).double().mean())
-
-
-def kl(target_logprobs_BC: Tensor, logprobs_BC: Tensor) -> float:
-    """Mean KL(target ‖ prediction), nats; classes of probability zero add nothing."""
-    p, q = target_logprobs_BC.double(), logprobs_BC.double()
-    return float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(1).mean())
-
-
 def _bins(logprobs: Tensor, right: Tensor) -> Tensor:
     confidence = logprobs.max(1).values.exp().double()
     index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # bins are (low, high]

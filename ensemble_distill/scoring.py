@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ensemble_distill.device import Resolved, autocast, upload
 from ensemble_distill.errors import UsageError
-from ensemble_distill.metrics import accuracy, agreement, ece, kl, nll
+from ensemble_distill.losses import forward_kl
+from ensemble_distill.metrics import accuracy, ece, nll
 from ensemble_distill.targets import Targets
 
 
@@ -42,20 +43,21 @@ def score(
     """accuracy, nll (nats), ece where there are labels; agreement and kl (nats) to the ensemble where cached."""
     was_training = model.training
     model.eval()
-    logits, labels, targets = [], [], []
+    logits, labels, kl, agree = [], [], [], []
     for batch in batches:
-        logits.append(logits_of(model, batch.inputs, device, precision).cpu())
+        said = logits_of(model, batch.inputs, device, precision).cpu()
+        logits.append(said)
         if batch.labels is not None:
             labels.append(batch.labels)
         if batch.targets is not None:
-            targets.append(batch.targets.logprobs)
+            kl.append(forward_kl(said, batch.targets).double())
+            agree.append(said.argmax(1) == batch.targets.top1())
     model.train(was_training)
     logprobs = torch.log_softmax(torch.cat(logits), dim=1)
     result: dict[str, float] = {}
     if labels:
         truth = torch.cat(labels)
         result |= {"accuracy": accuracy(logprobs, truth), "nll": nll(logprobs, truth), "ece": ece(logprobs, truth)}
-    if targets:
-        said = torch.cat(targets)
-        result |= {"agreement": agreement(logprobs, said), "kl": kl(said, logprobs)}
+    if kl:
+        result |= {"agreement": float(torch.cat(agree).double().mean()), "kl": float(torch.cat(kl).mean())}
     return result

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensemble_distill.cache.plan import Capture, FieldSpec, Group, Plan, Reading, Split, WorkItem
-from ensemble_distill.codecs.dense import Dense
-from ensemble_distill.codecs.features import Features
+from ensemble_distill.cache.plan import Capture, Group, Plan, Reading, Split, WorkItem
+from ensemble_distill.codec import Dense, Features
 from ensemble_distill.config import ViewsConfig
 from ensemble_distill.formats import encode
 from ensemble_distill.formats.layout import Segment
@@ -23,13 +22,8 @@ def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int 
         format=format,
         splits={"train": Split(rows=rows, views=views, unit_rows=unit_rows, labels=None)},
         groups=(
-            Group(
-                name="targets",
-                fields=(FieldSpec(name="main/logprobs", dtype="<f2", shape=(3,), codec=Dense(classes=3)),),
-            ),
-            Group(
-                name="tap.a.x", fields=(FieldSpec(name="tap/a.x", dtype="<f2", shape=(2,), codec=Features(width=2)),)
-            ),
+            Group.of("targets", {"main": Dense(classes=3)}),
+            Group.of("tap.a.x", {"tap/a.x": Features(width=2)}),
         )[:groups],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import load_module
+from conftest import Cli, load_module
 from torch import nn
 
 import ensemble_distill as ed
@@ -154,8 +155,10 @@ def test_what_a_cache_does_not_hold_is_refused_by_name(cache: ed.Cache) -> None:
 def test_targets_can_be_tempered(cache: ed.Cache) -> None:
     targets = cache.targets_at(np.arange(20))
     p = targets.logprobs.double().exp() ** 0.25
-    torch.testing.assert_close(targets.at(4.0).double().exp(), p / p.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
-    assert targets.at(1.0) is targets.logprobs and len(targets) == 20
+    torch.testing.assert_close(
+        targets.at(4.0).logprobs.double().exp(), p / p.sum(1, keepdim=True), atol=1e-6, rtol=1e-5
+    )
+    assert targets.at(1.0) is targets and len(targets) == 20
 
 
 def test_limited_sources_and_bad_arrays() -> None:
@@ -295,3 +298,53 @@ def test_batches_of_an_epoch_are_of_nearly_one_size(cache: ed.Cache, pipeline: M
     """1000 rows in batches of at most 333 would leave one alone, which no batch norm can take."""
     sizes = [len(batch) for batch in (b.index for b in cache.loader(pipeline.data().sources["train"], 333))]
     assert sizes == [250, 250, 250, 250]
+
+
+@pytest.mark.parametrize(
+    "codec",
+    ["Dense(bits=8)", "TopK(k=4)", "TopK(k=10, values=16)", "VarOpt(k=5)", "Sampled(n=8)", "Members()",
+     "Members(inner=ed.TopK(k=4))"],
+)  # fmt: skip
+def test_every_codec_goes_from_capture_to_student(cli: Cli, codec: str) -> None:
+    """The targets that come back are about those of the reference, and a student learns from them."""
+    cli("cache", "digits.py", "--out", "dense")
+    cli.change("        views=2,\n", f"        views=2,\n        codec=ed.{codec},\n")
+    cli("cache", "digits.py", "--out", "cache")
+    cli("verify", "cache", "--deep")
+    cli.change("temperature=2", "temperature=1")
+    cli("train", "digits.py", "--cache", "cache", "--out", "run")
+    test = json.loads((cli.folder / "run/metrics.jsonl").read_text().splitlines()[-1])["test"]
+    assert test["accuracy"] > 0.8 and test["agreement"] > (0.7 if "Sampled" in codec else 0.8) and test["kl"] < 0.6
+    rows = np.arange(1000)
+    exact = ed.open_cache(cli.folder / "dense").targets_at(rows, 1)
+    found = ed.open_cache(cli.folder / "cache").targets_at(rows, 1)
+    torch.testing.assert_close(found.entropy, exact.entropy)
+    p = exact.logprobs.exp()
+    if found.ids is not None:
+        p = p.gather(1, found.ids)
+    if found.kind == "unbiased":
+        assert float((found.logprobs.exp().sum(1) - 1).abs().max()) < 1e-5
+    else:
+        assert float((found.logprobs.exp() - p).abs().max()) < 0.02
+    assert float((found.top1() == exact.top1()).float().mean()) > (0.8 if "Sampled" in codec else 0.99)
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [
+        ("codec=ed.TopK(k=11)", "k=11 of 10 classes"),
+        ("codec=ed.VarOpt(k=0)", "greater than or equal to 1"),
+        ("codec=ed.Members(inner=ed.TopK(k=3)), combine='mean_logits'", "needs all classes"),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused_before_anything_is_written(cli: Cli, codec: str, words: str) -> None:
+    cli.change("        views=2,\n", f"        views=2,\n        {codec},\n")
+    assert words in cli("cache", "digits.py", "--out", "cache", code=2).stderr
+    assert not (cli.folder / "cache").exists()
+
+
+def test_a_sample_of_classes_at_another_temperature_is_refused_before_step_one(cli: Cli) -> None:
+    cli.change("        views=2,\n", "        views=2,\n        codec=ed.VarOpt(k=4),\n")
+    cli("cache", "digits.py", "--out", "cache")
+    error = cli("train", "digits.py", "--cache", "cache", "--out", "run", code=2).stderr
+    assert "cannot be tempered" in error and not (cli.folder / "run/checkpoint.json").exists()

@@ -191,7 +191,14 @@ for place, values in {
         [3, 1], [1.5],
     ],
     "groups.0.fields.0.dtype": ["|O", ">f2", "<U10", "|V8", "|S5", "<f8", "<M8[s]", "f2,f2", "", None, "<f4"],
-    "groups.0.fields.0.codec": [{"name": "pickle", "classes": 3}, {"name": "dense"}, {}, None, {"name": "../dense"}],
+    "groups.0.codecs.main": [
+        {"name": "pickle", "classes": 3}, {"name": "dense"}, {}, None, {"name": "../dense"},
+        {"name": "topk", "classes": 3, "k": 2**40}, {"name": "topk", "classes": 3, "k": 2},
+        {"name": "varopt", "classes": 3, "k": -1}, {"name": "sampled", "classes": 2**60, "n": 3},
+        {"name": "members", "inner": {"name": "members"}}, {"name": "members", "members": ["../x"]},
+        {"name": "topk", "classes": 3, "k": 2, "temperatures": [2.0] * 100_000},
+    ],
+    "groups.0.codecs": [{}, None, {"x": {"name": "dense", "classes": 3}}, []],
     "groups.0.fields.0.name": ["main/x", "", "a" * 300, 5, "\0"],
     "groups.0.name": ["other", "tap"],
     "groups": [[], None, {}],
@@ -203,13 +210,16 @@ for place, values in {
     for i, value in enumerate(values):
         add(f"plan {place} {repr(value)[:40]} ({i})", setting(place, value))
 add("a split that is said to be empty", setting("splits.train.rows", 0), read=None)
-TAP = {"name": "tap/a.pool", "dtype": "<f2", "shape": [2], "codec": {"name": "features", "width": 2}}
+TAP = {
+    "fields": [{"name": "tap/a.pool", "dtype": "<f2", "shape": [2]}],
+    "codecs": {"tap/a.pool": {"name": "features", "width": 2}},
+}
 add("two fields of one name", setting("groups.1.fields.1.name", "tap/a.pool"))
 add("two groups of one name", lambda f: f.plan["groups"].append(f.plan["groups"][0]))
-add("field that is in two groups", lambda f: f.plan["groups"].append({"name": "more", "fields": [TAP]}))
+add("field that is in two groups", lambda f: f.plan["groups"].append({"name": "more", **TAP}))
 add("group without fields", setting("groups.0.fields", []))
 add("2000 splits", lambda f: f.plan["splits"].update({f"s{i}": f.plan["splits"]["test"] for i in range(2000)}))
-add("2000 groups", lambda f: f.plan["groups"].extend({"name": f"g{i}", "fields": [TAP]} for i in range(2000)))
+add("2000 groups", lambda f: f.plan["groups"].extend({"name": f"g{i}", **TAP} for i in range(2000)))
 MANY = both(setting("splits.train", {"rows": 2**26, "views": 1, "unit_rows": 1, "labels": None}))
 add("2^27 units, one page that is said to be all", MANY)
 add("2^27 units, no page that is there", both(MANY, lambda f: setattr(f, "pages", lambda p: ["0" * 64] * len(p))))
@@ -230,15 +240,24 @@ add("targets under another name", both(setting("groups.0.fields.0.name", "main/x
 add("no group of targets", both(setting("groups.0.name", "other")), verify=None)
 add(
     "targets as features",
-    both(setting("groups.0.fields.0.codec", {"name": "features", "width": 3}), refill),
+    both(setting("groups.0.codecs.main", {"name": "features", "width": 3}), refill),
     read=None,
     verify=None,
 )
-add("taps as targets", setting("groups.1.fields.0.codec", {"name": "dense", "classes": 2}), read=None, verify=None)
+add(
+    "taps as targets",
+    setting("groups.1.codecs", {"tap/a.pool": {"name": "dense", "classes": 2}}),
+    read=None,
+    verify=None,
+)
 add("taps of no axis", both(setting("groups.1.fields.0.shape", []), refill), read=None, verify=None)
-add("five classes in a shape of three", setting("groups.0.fields.0.codec.classes", 5), verify=None)
-add("minus one classes", setting("groups.0.fields.0.codec.classes", -1), verify=None)
-add("features wider than their shape", setting("groups.1.fields.0.codec.width", 2**62), verify=None)
+add("five classes in a shape of three", setting("groups.0.codecs.main.classes", 5), verify=None)
+add("minus one classes", setting("groups.0.codecs.main.classes", -1), verify=None)
+add(
+    "features wider than their shape",
+    lambda f: f.plan["groups"][1]["codecs"]["tap/a.pool"].update(width=2**62),
+    verify=None,
+)
 for dtype in ("|u1", "<u2", "<u4", "<i8", "<f4"):
     prepare = both(setting("groups.0.fields.0.dtype", dtype), setting("groups.1.fields.1.dtype", dtype), refill)
     add(f"targets of dtype {dtype}", prepare, read=None, verify=None)
@@ -293,7 +312,9 @@ def holes(forge: Forge, rows: int, width: int) -> None:
     """One unit of zeros, as sparse files that a few kilobytes of an archive can carry."""
     forge.plan["splits"] = {"train": {"rows": rows, "views": 1, "unit_rows": rows, "labels": None}}
     forge.plan["groups"] = [forge.plan["groups"][0]]
-    forge.plan["groups"][0]["fields"][0] |= {"shape": [width], "codec": {"name": "dense", "classes": width}}
+    forge.plan["groups"][0]["fields"][0] |= {"shape": [width]}
+    forge.plan["groups"][0]["codecs"]["main"] |= {"classes": width}
+    forge.plan["reading"] |= {"classes": ["x"] * width, "heads": {"main": width}}
     size, unit = rows * width * 2, forge.unit
     commit = forge.commits[unit]
     forge.commits, forge.shards = {unit: commit}, {unit: b""}

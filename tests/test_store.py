@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import file_of
 
-from ensemble_distill.cache.plan import FieldSpec, Group, Plan, Split, WorkItem, unit_rows
-from ensemble_distill.codecs.dense import Dense
-from ensemble_distill.codecs.features import Features
-from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch
+from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem, unit_rows
+from ensemble_distill.codec import Features
+from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.formats.layout import Segment, read_segments
 from ensemble_distill.store import records
@@ -27,47 +24,6 @@ from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store, open_store
 
 GOLDEN = Path(__file__).parent / "golden"
-
-# Codecs ---------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 20), st.integers(2, 50), st.integers(0, 2**31))
-def test_dense_round_trips_within_its_declared_error(b: int, c: int, seed: int) -> None:
-    logits = torch.randn(b, c, generator=torch.Generator().manual_seed(seed)) * 10
-    logprobs = torch.log_softmax(logits, 1)
-    codec = Dense(classes=c)
-    stored = codec.encode(logprobs)
-    decoded = codec.decode(stored)
-    assert stored.dtype == torch.float16
-    torch.testing.assert_close(stored.float(), logprobs, rtol=2**-11, atol=1e-7)
-    torch.testing.assert_close(decoded.exp().sum(1), torch.ones(b))
-    kl = (logprobs.exp() * (logprobs - decoded)).sum(1)
-    assert float(kl.abs().max()) < 2e-6
-
-
-def test_dense_keeps_certainty_and_impossibility() -> None:
-    codec = Dense(classes=3)
-    one_hot = torch.tensor([[0.0, -torch.inf, -torch.inf]])
-    assert torch.equal(codec.decode(codec.encode(one_hot)), one_hot)
-    small = torch.log_softmax(torch.tensor([[0.0, -60.0, -1e5]]), 1)
-    assert codec.encode(small)[0, 1] == -60 and torch.isfinite(codec.encode(small)).all()
-
-
-def test_features_round_trip_and_refuse_what_float16_cannot_hold() -> None:
-    x = torch.randn(5, 8) * 100
-    codec = Features(width=8)
-    torch.testing.assert_close(codec.decode(codec.encode(x)), x, rtol=2**-11, atol=1e-7)
-    for bad in (7e4, torch.nan):
-        with pytest.raises(InvalidOutput, match="not finite"):
-            codec.encode(torch.full((1, 8), bad))
-
-
-def test_the_bytes_of_each_codec_are_golden() -> None:
-    golden = json.loads((GOLDEN / "codecs.json").read_text())
-    logprobs = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.998, 0.001, 0.001]]))
-    assert Dense(classes=3).encode(logprobs).numpy().astype("<f2").tobytes().hex() == golden["dense"]
-    assert Features(width=3).encode(torch.tensor([[1.0, -2.5, 3e-5]])).numpy().tobytes().hex() == golden["features"]
-
 
 # Formats --------------------------------------------------------------------------------------------
 
@@ -238,8 +194,7 @@ def test_a_directory_that_is_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def a_group(name: str = "targets") -> Group:
-    field = FieldSpec(name="x", dtype="<f2", shape=(2,), codec=Features(width=2))
-    return Group(name=name, fields=(field,))
+    return Group.of(name, {"x": Features(width=2)})
 
 
 # The plan -------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,11 +16,15 @@ from torch import Tensor
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
-from ensemble_distill.cache.plan import TARGETS, Group, Plan
+from ensemble_distill.cache.plan import MAIN, ROW, TARGETS, Group, Plan, field_name
 from ensemble_distill.cache.rows import Rows
+from ensemble_distill.codec import HeadCodec
+from ensemble_distill.codecs.features import decode as decode_feature
+from ensemble_distill.codecs.heads import decode, with_figures
 from ensemble_distill.config import DataConfig, difference, suggestion
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
+from ensemble_distill.mixture import Mixture
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
@@ -68,6 +73,8 @@ class Cache:
     ) -> None:
         self.root, self.digest, self.content_digest = store.root, digest, content_digest
         self.plan, self.commits, self.parts = plan, commits, parts
+        members, reading = plan.capture.members, plan.reading
+        self.mixture = Mixture(tuple((m.name, m.share) for m in members), reading.combine, reading.temperature_after)
         self._store, self._memory = store, memory
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
@@ -110,7 +117,7 @@ class Cache:
     @property
     def taps(self) -> list[str]:
         """The features that this cache holds, as ``tap/<member>.<module>``."""
-        return [field.name for group in self.plan.groups if group.name != TARGETS for field in group.fields]
+        return [tap for group in self.plan.groups if group.name != TARGETS for tap in group.codecs]
 
     def table(self, split: str) -> KeyTable:
         """The key table of a split, read and checked on first use."""
@@ -139,16 +146,17 @@ class Cache:
         views = self.parts[split].views if split in self.parts else 0
         if not 0 <= view < views:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
-        main = self._decode(self.plan.group(TARGETS), split, view, rows)
-        features: dict[str, Tensor] = {}
-        for tap in taps:
-            features |= self._decode(self.tap_group(tap), split, view, rows)
-        return Targets(main["main/logprobs"], features)
+        main = self.plan.group(TARGETS)
+        arrays = self._arrays(main, split, view, rows)
+        targets = decode(cast(HeadCodec, main.codecs[MAIN]), arrays[MAIN], self.mixture)
+        features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
+        targets = replace(targets, features=features)
+        return with_figures(targets, arrays[ROW]) if ROW in arrays else targets
 
     def tap_group(self, tap: str) -> Group:
         """The group that holds a feature; UsageError, with what there is, for one that the cache lacks."""
         for group in self.plan.groups:
-            if any(field.name == tap for field in group.fields):
+            if tap in group.codecs and group.name != TARGETS:
                 return group
         raise UsageError(
             f"{self.root} holds no {tap!r}{suggestion(tap, self.taps)}",
@@ -233,9 +241,13 @@ class Cache:
         commit = self.commits.get(item, self.plan.group(TARGETS))
         return self._store.keys(split, page, commit.keys, item.rows)
 
-    def _decode(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, Tensor]:
+    def _arrays(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
+        """The arrays of a group's rows, [B, …], by codec and name."""
         records = self._rows.gather(group, split, view, rows)
-        return {f.name: f.codec.decode(torch.from_numpy(records[f.name])) for f in group.fields}
+        return {
+            head: {name: torch.from_numpy(records[field_name(head, name)]) for name in codec.arrays()}
+            for head, codec in group.codecs.items()
+        }
 
 
 def open_cache(

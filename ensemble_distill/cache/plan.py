@@ -16,13 +16,13 @@ from typing import Annotated, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import FailFast, Field, model_validator
 
-from ensemble_distill.codecs.dense import Dense
-from ensemble_distill.codecs.features import Features
-from ensemble_distill.config import Config, Format, Name, ViewsConfig
+from ensemble_distill.codec import AnyCodec, HeadCodec
+from ensemble_distill.config import Format, Name, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
+from ensemble_distill.frozen import Config
 
-TARGETS = "targets"
+TARGETS, MAIN, ROW = "targets", "main", "row"
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
 MAX_ROWS = 1 << 48
@@ -34,40 +34,53 @@ _UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.AS
 
 
 class FieldSpec(Config):
-    """One named array of a row: numpy dtype (little-endian), shape without the row axis, and its codec."""
+    """One named array of a row: numpy dtype (little-endian) and shape without the row axis."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_./]+$", max_length=200)
-    dtype: Literal["<f2", "<f4", "|u1", "<u2", "<u4", "<i8"]
+    dtype: Literal["<f2", "|u1"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
-    codec: Dense | Features = Field(discriminator="name")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        width = self.codec.classes if isinstance(self.codec, Dense) else self.codec.width
-        if self.dtype != "<f2" or self.shape != (width,) or width < 1:
-            raise ValueError(f"{self.dtype} {self.shape} is no field of codec {self.codec.name!r} of width {width}")
-        return self
 
 
 class Group(Config):
-    """Fields captured and read together: one shard and one commit for each work item."""
+    """Fields captured and read together: one shard and one commit for each work item.
+
+    codecs: by head or tap (``main``, ``row``, ``tap/<member>.<module>``); the fields are the arrays that they make.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)
+    codecs: Annotated[dict[str, AnyCodec], Field(min_length=1, max_length=64)]
     fields: Annotated[tuple[FieldSpec, ...], Field(min_length=1, max_length=1024)]
 
-    @property
+    @classmethod
+    def of(cls, name: str, codecs: dict[str, AnyCodec]) -> Group:
+        """The group of these codecs."""
+        return cls(name=name, codecs=codecs, fields=_fields_of(codecs))
+
+    @cached_property
     def dtype(self) -> np.dtype:
         """The record of one row, padded as C would."""
         return np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        if len({f.name for f in self.fields}) < len(self.fields):
-            raise ValueError("two fields have the same name")
+        if self.fields != _fields_of(self.codecs):
+            raise ValueError(f"the fields of group {self.name!r} are not the arrays of its codecs")
         size = sum(math.prod(f.shape) * 8 for f in self.fields)
         if not 0 < size <= 8 * MAX_ROW_BYTES:
             raise ValueError(f"a row of group {self.name!r} would take {size} bytes")
         return self
+
+
+def _fields_of(codecs: dict[str, AnyCodec]) -> tuple[FieldSpec, ...]:
+    return tuple(
+        FieldSpec(name=field_name(head, name), dtype=dtype, shape=shape)
+        for head, codec in sorted(codecs.items())  # as canonical JSON has them
+        for name, (dtype, shape) in codec.arrays().items()
+    )
+
+
+def field_name(head: str, array: str) -> str:
+    return f"{head}/{array}" if array else head
 
 
 class Split(Config):
@@ -88,9 +101,9 @@ class Reading(Config):
     key: Literal["sha256/16"] = "sha256/16"
     classes: Annotated[tuple[str, ...], FailFast(), Field(max_length=1 << 20)]
     heads: dict[str, int]
-    combine: str
+    combine: Literal["mean_probs", "mean_logits"]
     temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
-    temperature_after: float
+    temperature_after: float = Field(gt=0)
     views: ViewsConfig
 
 
@@ -142,9 +155,13 @@ class Plan(Config):
             raise ValueError("two groups have the same name")
         if self.units > MAX_UNITS:
             raise ValueError(f"{self.units} units are more than {MAX_UNITS}")
-        main = [f for g in self.groups if g.name == TARGETS for f in g.fields if f.name == "main/logprobs"]
-        if not main or not isinstance(main[0].codec, Dense):
-            raise ValueError(f"there is no group {TARGETS!r} with a dense field 'main/logprobs'")
+        main = next((g.codecs.get(MAIN) for g in self.groups if g.name == TARGETS), None)
+        if not isinstance(main, HeadCodec) or not main.classes == self.reading.heads.get(MAIN) == len(
+            self.reading.classes
+        ):
+            raise ValueError(
+                f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
+            )
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
         if rows * max(16, *(group.dtype.itemsize for group in self.groups)) > MAX_SHARD:
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")

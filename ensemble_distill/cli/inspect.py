@@ -24,6 +24,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
       ensemble-distill inspect caches/fmnist
     """
     from ensemble_distill.cache.cache import open_cache
+    from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.show import show_statistics
 
@@ -62,9 +63,10 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
     rows = [[name, f"{s.rows:,}", s.views, s.unit_rows, "yes" if s.labels else "no"] for name, s in plan.splits.items()]
     console.table(ui.table("splits", ["", "rows", "views", "rows a unit", "labels"], rows))
     fields = [
-        [f.name, f.dtype.lstrip("<|"), "×".join(map(str, f.shape)), f.codec.name, g.name]
+        [field_name(head, name), dtype.lstrip("<|"), "×".join(map(str, shape)), codec.name, g.name]
         for g in plan.groups
-        for f in g.fields
+        for head, codec in g.codecs.items()
+        for name, (dtype, shape) in codec.arrays().items()
     ]
     console.table(ui.table(f"fields: {plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields))
     show_statistics(console, manifest.statistics)

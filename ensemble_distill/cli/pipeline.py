@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ensemble_distill.config import CacheConfig, Config, DataConfig, TrainConfig, explain, suggestion
+from ensemble_distill.config import CacheConfig, DataConfig, TrainConfig, explain, suggestion
 from ensemble_distill.errors import Error, UsageError
+from ensemble_distill.frozen import Config
 from ensemble_distill.sources.arrays import Limited, Source
 
 C = TypeVar("C", bound=Config)

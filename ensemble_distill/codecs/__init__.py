@@ -1,1 +1,1 @@
-"""Codecs: targets to named arrays and back, each with a declared error."""
+"""Codecs at work: what members said to named arrays and back, each with the error that codec.py declares."""

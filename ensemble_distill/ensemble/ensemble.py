@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ensemble_distill.config import CacheConfig, Precision
 from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
-from ensemble_distill.ensemble.combine import combine
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.errors import InvalidOutput, UsageError
+from ensemble_distill.mixture import combine
 from ensemble_distill.taps import Taps
 
 

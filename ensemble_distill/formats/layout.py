@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ensemble_distill.config import Config
+from ensemble_distill.frozen import Config
 
 # A file's bytes in parts, in order: the rows of a large shard are a view of the records, and never copied.
 Parts: TypeAlias = Sequence[bytes | memoryview]

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.commits import committed_units
-from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem
+from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem, field_name
+from ensemble_distill.codec import AnyCodec, Features, RowFigures
+from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
 from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
@@ -32,6 +34,7 @@ from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 from ensemble_distill.tally import Tally
+from ensemble_distill.targets import Said
 
 
 @dataclass
@@ -206,7 +209,7 @@ class Recorder:
             for piece in timed(pieces, progress.waited):
                 if (left := stop()) is not None and (opened is None or self._seconds(opened) > left / 2):
                     raise Interrupted("")
-                opened = opened or _OpenItem(piece.item, self.plan, self.ensemble.names)
+                opened = opened or _OpenItem(piece.item, self.plan)
                 start = time.perf_counter()
                 with memory_errors(self.plan.capture.batch_size):
                     opened.add(piece, self._forward(piece))
@@ -288,21 +291,31 @@ class Recorder:
 class _OpenItem:
     """The records of one work item while they are filled; ``missing`` rows are still to come."""
 
-    def __init__(self, item: WorkItem, plan: Plan, members: list[str]) -> None:
+    def __init__(self, item: WorkItem, plan: Plan) -> None:
         self.item = item
         rows = self.missing = item.rows
-        self._fields = {f.name: (g.name, f.codec) for g in plan.groups for f in g.fields}
+        self._groups = plan.groups
         # zeros: the padding inside records is part of what is hashed and committed
         self.records = {g.name: np.zeros(rows, g.dtype) for g in plan.groups}
         self.keys = np.empty((rows, 16), np.uint8)
-        self.tally = Tally.empty([*members, "ensemble"])
+        self._shares = [member.share for member in plan.capture.members]
+        self.tally = Tally.empty([*(member.name for member in plan.capture.members), "ensemble"])
 
     def add(self, piece: _Piece, outputs: Outputs) -> None:
         start = piece.first - self.item.first
         part = slice(start, start + len(piece.keys))
         self.keys[part] = piece.keys
         self.missing -= len(piece.keys)
-        for name, values in {"main/logprobs": outputs.logprobs, **outputs.features}.items():
-            group, codec = self._fields[name]
-            self.records[group][name][part] = codec.encode(values).cpu().numpy()
+        said = Said(outputs.logprobs, outputs.members, self._shares, piece.labels, piece.keys, self.item.view)
+        for group in self._groups:
+            for head, codec in group.codecs.items():
+                for name, values in _encoded(codec, head, said, outputs).items():
+                    self.records[group.name][field_name(head, name)][part] = values.cpu().numpy()
         count(self.tally, [*outputs.members, outputs.logprobs], piece.labels)
+
+
+def _encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
+    """The arrays that a codec makes of a batch."""
+    if isinstance(codec, Features):
+        return {"": features.encode(outputs.features[head])}
+    return heads.encode_figures(said) if isinstance(codec, RowFigures) else heads.encode(codec, said)

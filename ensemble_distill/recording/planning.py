@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.plan import (
+    MAIN,
     MAX_SHARD,
+    ROW,
     TARGETS,
     Capture,
-    FieldSpec,
     Group,
     MemberIdentity,
     Plan,
@@ -21,8 +22,7 @@ from ensemble_distill.cache.plan import (
     Split,
     unit_rows,
 )
-from ensemble_distill.codecs.dense import Dense
-from ensemble_distill.codecs.features import Features
+from ensemble_distill.codec import Features, RowFigures, resolved
 from ensemble_distill.config import CacheConfig, DataConfig, difference
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
@@ -140,11 +140,13 @@ def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
 
 
 def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor]) -> tuple[Group, ...]:
-    main = FieldSpec(name="main/logprobs", dtype="<f2", shape=(classes,), codec=Dense(classes=classes))
-    groups = [Group(name=TARGETS, fields=(main,))]
+    try:
+        main = resolved(ensemble.config.codec, classes, tuple(ensemble.names))
+    except ValueError as error:
+        raise UsageError(f"cache().codec: {error}", hint=f"keep at most {classes}, or use the codec dense") from error
+    groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures()})]
     features = ensemble.features({name: x[:2] for name, x in probe.items()})
     for tap in ensemble.config.taps:
         width = features[tap.field].shape[1]
-        spec = FieldSpec(name=tap.field, dtype="<f2", shape=(width,), codec=Features(width=width))
-        groups.append(Group(name=f"tap.{tap.member}.{tap.module}", fields=(spec,)))
+        groups.append(Group.of(f"tap.{tap.member}.{tap.module}", {tap.field: Features(width=width)}))
     return tuple(groups)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ensemble_distill.config import Config
 from ensemble_distill.errors import Corrupt, Error, Unsafe
+from ensemble_distill.frozen import Config
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.storage import Storage

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import FailFast, Field, ValidationError
 
-from ensemble_distill.config import Config, explain
+from ensemble_distill.config import explain
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment
+from ensemble_distill.frozen import Config
 
 BLOCK = 1 << 20
 PAGE_UNITS = 4096

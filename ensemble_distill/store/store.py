@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_distill.config import Config
 from ensemble_distill.errors import Corrupt, Mismatch, StorageError, Unsafe, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, sha256
 from ensemble_distill.formats import SUFFIX, encode
+from ensemble_distill.frozen import Config
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit, Manifest, Page

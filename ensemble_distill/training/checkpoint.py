@@ -11,9 +11,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ensemble_distill.config import Config
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.frozen import Config
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Rule = Literal["mean_probs", "mean_logits"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which members, with which shares (any positive sum), how combined; temperature: applied after averaging."""
+
+    shares: tuple[tuple[str, float], ...]
+    combine: Rule
+    temperature: float = 1.0
 
 
 def combine(logits_MBC: Sequence[Tensor], shares: Sequence[float], rule: str) -> Tensor:
