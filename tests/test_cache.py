@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +18,13 @@ from torch import nn
 
 import ensemble_distill as ed
 from ensemble_distill.cache.commits import held_plan
-from ensemble_distill.config import OptimizerConfig, ScheduleConfig, override
+from ensemble_distill.config import CacheConfig, DataConfig, OptimizerConfig, ScheduleConfig, ViewsConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member, structure_digest
-from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.errors import Interrupted, Mismatch, UsageError
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.prefetch import prefetch
-from ensemble_distill.recording.capture import Recorder
+from ensemble_distill.recording.capture import Progress, Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources.arrays import Limited
 from ensemble_distill.sources.views import render
@@ -267,6 +268,52 @@ def test_a_plan_under_which_nothing_was_committed_is_no_obstacle(pipeline: Modul
     plan, ensemble = prepare(data, smaller, data.sources, store, leases, [torch.device("cpu")])
     Recorder(plan, ensemble, data.sources, store, leases).run()
     assert held_plan(store).capture.batch_size == 32
+
+
+def large_units(data: DataConfig, config: CacheConfig) -> tuple[DataConfig, CacheConfig]:
+    return data, config.model_copy(update={"unit_rows": 1 << 22})
+
+
+def views_that_are_all_the_same(data: DataConfig, config: CacheConfig) -> tuple[DataConfig, CacheConfig]:
+    return data.model_copy(update={"views": ViewsConfig()}), config
+
+
+def an_empty_source(data: DataConfig, config: CacheConfig) -> tuple[DataConfig, CacheConfig]:
+    return data.model_copy(update={"sources": {**data.sources, "none": Limited(data.sources["test"], 0)}}), config
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (large_units, "unit_rows=4194304 makes units of 403 MB"),
+        (views_that_are_all_the_same, r"2 views were asked for, but data\(\) has no transforms"),
+        (an_empty_source, "source 'none' is empty"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused_before_anything_is_written(
+    pipeline: ModuleType, tmp_path: Path, edit: Callable[..., tuple[DataConfig, CacheConfig]], reason: str
+) -> None:
+    data, config = edit(pipeline.data(), pipeline.cache())
+    store = open_store(tmp_path / "cache", create=True)
+    with pytest.raises(UsageError, match=reason):
+        prepare(data, config, data.sources, store, Leases(store.storage), [torch.device("cpu")])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_worker_that_waits_for_others_stops_when_it_is_asked_to(pipeline: ModuleType, tmp_path: Path) -> None:
+    data, config = pipeline.data(), pipeline.cache()
+    store = open_store(tmp_path / "cache", create=True)
+    leases, others = Leases(store.storage), Leases(store.storage)
+    plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
+    assert all(others.claim(item.name) for item in plan.items())
+    reports: list[Progress] = []
+
+    def report(progress: Progress) -> None:
+        reports.append(progress)
+        assert len(reports) == 1, "it has waited"
+
+    with pytest.raises(Interrupted, match="0/28 units committed"):
+        Recorder(plan, ensemble, data.sources, store, leases).run(report, stop=lambda: 0.0)
 
 
 def test_identity_covers_the_plain_attributes_of_a_member() -> None:

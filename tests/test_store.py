@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -11,13 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import file_of
+from pydantic import ValidationError
+from small import a_plan, file_of, keys_of, put_item
 
+from ensemble_distill.cache.partial import whole
 from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem, unit_rows
+from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import Features
-from ensemble_distill.errors import Corrupt, Mismatch
-from ensemble_distill.fingerprint import sha256
+from ensemble_distill.errors import Corrupt, Mismatch, StorageError, UsageError
+from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment, read_segments
+from ensemble_distill.recording.seal import seal
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit
@@ -135,6 +143,29 @@ def test_another_schema_version_is_a_mismatch() -> None:
         records.load(records.Manifest, b'{"schema_version":2}', "here")
 
 
+def test_a_record_with_very_many_mistakes_is_told_by_their_number() -> None:
+    """One sentence, without an object for each of them."""
+    body = records.dump(a_plan()).replace(b'"splits":{', b'"splits":{' + b"".join(b'"s%d":{},' % i for i in range(99)))
+    with pytest.raises(Corrupt, match="here: 396 of its values are not what they should be"):
+        records.load(Plan, body, "here")
+
+
+@pytest.fixture
+def short_numbers() -> Iterator[None]:
+    """An interpreter that refuses to write numbers of more than 640 digits, as PYTHONINTMAXSTRDIGITS can ask for."""
+    usual = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    yield
+    sys.set_int_max_str_digits(usual)
+
+
+@pytest.mark.usefixtures("short_numbers")
+def test_a_number_that_this_interpreter_would_not_write_is_refused() -> None:
+    body = records.dump(a_commit()).replace(b'"provenance":{}', b'"provenance":{"a":' + b"9" * 1000 + b"}")
+    with pytest.raises(Corrupt, match="here: not the JSON that was written"):
+        records.load(Commit, body, "here")
+
+
 # The store ------------------------------------------------------------------------------------------
 
 
@@ -178,6 +209,22 @@ def test_any_flipped_byte_and_any_truncation_of_a_shard_is_found(tmp_path: Path,
             store.object(commit)
 
 
+def test_a_shard_has_the_name_and_the_number_of_blocks_that_follow_from_its_bytes(tmp_path: Path) -> None:
+    """What a commit says of a shard must agree with itself, even where each hash is that of the bytes."""
+    store = Store(LocalStorage(tmp_path))
+    commit = put(store)
+    data = store.object(commit)
+    for lies, reason in (
+        ({"object": f"{'a' * 64}.h5"}, "its name is not the root of its block hashes"),
+        ({"blocks": (), "object": f"{records.root_hash(())}.h5"}, f"0 block hashes for {len(data)} bytes"),
+        ({"blocks": commit.blocks * 2, "object": f"{records.root_hash(commit.blocks * 2)}.h5"}, "2 block hashes for"),
+    ):
+        lying = commit.model_copy(update=lies)
+        store.storage.create(f"objects/{lying.object}", data)
+        with pytest.raises(Corrupt, match=reason):
+            store.object(lying)
+
+
 def test_large_shards_are_hashed_in_blocks(tmp_path: Path) -> None:
     data = os.urandom(2 * records.BLOCK + 5)
     blocks = records.block_hashes(data)
@@ -193,6 +240,102 @@ def test_a_directory_that_is_something_else_is_refused(tmp_path: Path) -> None:
     assert open_store(tmp_path / "killed", create=True).plan_digest() is None
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)  # for root no folder is closed
+    with pytest.raises(StorageError, match="Permission denied") as error:
+        open_store(tmp_path)
+    assert error.value.hint
+
+
+def test_an_empty_bucket_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no cache: there is no PLAN"):
+        open_store(f"memory:/{tmp_path}")
+
+
+def test_a_commit_under_another_name_is_refused(tmp_path: Path) -> None:
+    store = Store(LocalStorage(tmp_path))
+    put(store, "u-0")
+    (tmp_path / "commits/u-0.json").rename(tmp_path / "commits/u-1.json")
+    with pytest.raises(Corrupt, match=r"commits/u-1\.json: it commits unit u-0"):
+        store.commit("u-1")
+
+
+def test_other_keys_beside_a_commit_of_no_unit_are_no_changed_source(tmp_path: Path) -> None:
+    """Which pages a stray commit vouches for cannot be told: damage, before anything is said of the source."""
+    store = Store(LocalStorage(tmp_path))
+    item = next(a_plan().items())
+    store.put_keys(item.split, item.page, keys_of(item))
+    put(store, "stray")
+    with pytest.raises(Corrupt, match="'stray' is no name of a unit"):
+        store.put_keys(item.split, item.page, keys_of(item) + 1)
+
+
+def test_a_unit_larger_than_the_memory_is_not_read(tmp_path: Path) -> None:
+    """150 MB: more than is read whatever the memory, and less than a plan may ask for."""
+    plan, commit = a_plan(), a_commit().model_copy(update={"size": 150_000_000})
+
+    class Commits:
+        def get(self, item: WorkItem, group: Group) -> Commit:
+            return commit
+
+    reader = Rows(Store(LocalStorage(tmp_path)), plan, Commits(), whole(plan), memory=10)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"unit u takes 150\.0 MB, more than the 0\.0 MB") as error:
+        reader.gather(plan.groups[0], "train", 0, np.arange(3))
+    assert "--memory" in error.value.hint
+
+
+# Sealing --------------------------------------------------------------------------------------------
+
+FIRST, SECOND = "train-v000000-00000000.targets", "train-v000000-00000000.tap.a.x"
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> tuple[Plan, str, Store]:
+    """A small cache whose units are all there, not sealed."""
+    plan, store = a_plan(), Store(LocalStorage(tmp_path / "cache", sync=False))
+    digest = store.put_plan(plan)
+    for item in plan.items():
+        put_item(store, plan, digest, item)
+    return plan, digest, store
+
+
+@pytest.mark.parametrize(
+    ("unit", "lies", "reason"),
+    [
+        (FIRST, {"plan": "0" * 64}, "was captured under another plan"),
+        (FIRST, {"statistics": {}}, "statistics of train that do not add up"),
+        (FIRST, {"unit": SECOND}, f"it commits unit {SECOND}"),
+        (FIRST, {"surprise": 1}, "its fields are .*surprise"),
+        (FIRST, {"size": "1"}, "its size is a str"),
+        (FIRST, {"keys": "00"}, "its keys are no SHA-256"),
+        (SECOND, {"keys": "0" * 64}, "belongs to other samples than the units beside it"),
+    ],
+)
+def test_a_commit_that_says_something_else_is_not_sealed(
+    complete: tuple[Plan, str, Store], unit: str, lies: dict[str, Any], reason: str
+) -> None:
+    """Under a right hash, as a writer of another release or a stranger could leave it."""
+    plan, digest, store = complete
+    body = json.loads(store.commit_body(unit)) | lies
+    store.storage.replace(f"commits/{unit}.json", records.sealed(canonical_json(body)))
+    with pytest.raises(Corrupt, match=reason):
+        seal(plan, digest, store)
+    assert store.current() is None
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"{}", b"{", b"[" * 10_000])
+def test_a_commit_that_is_no_record_is_not_sealed(complete: tuple[Plan, str, Store], body: bytes) -> None:
+    plan, digest, store = complete
+    store.storage.replace(f"commits/{FIRST}.json", records.sealed(body))
+    with pytest.raises(Corrupt, match=f"{FIRST}.json: not the record that was written"):
+        seal(plan, digest, store)
+
+
 def a_group(name: str = "targets") -> Group:
     return Group.of(name, {"x": Features(width=2)})
 
@@ -205,6 +348,15 @@ def test_unit_sizes_follow_the_formula() -> None:
     assert unit_rows(1_281_167, 2000) == 20_019
     assert unit_rows(10**9, 2000) == (64 << 20) // 2000
     assert unit_rows(10, 1 << 30) == 1
+
+
+def test_rows_and_units_that_no_memory_could_hold_are_no_plan() -> None:
+    width = 1 << 28
+    wide = [FieldSpec(name=n, dtype="<f2", shape=(width,), codec=Features(width=width)) for n in "xy"]
+    with pytest.raises(ValidationError, match=r"a row of group 'wide' would take 4294967296 bytes"):
+        Group(name="wide", fields=wide)
+    with pytest.raises(ValidationError, match=r"a unit of 16777217 rows would take more than 256 MiB"):
+        a_plan(rows=1 << 30, unit_rows=(1 << 24) + 1)
 
 
 @given(st.integers(1, 5000), st.integers(1, 3), st.integers(1, 700))

@@ -20,10 +20,11 @@ from test_faults import CACHE, TRAIN, VERIFY, content, only, refused
 from test_resume import slow, wait_for
 
 import ensemble_distill as ed
+from ensemble_distill.cache.copy import copy
 from ensemble_distill.cache.deep import Parser
 from ensemble_distill.cache.repair import repair
-from ensemble_distill.cache.verify import verify
-from ensemble_distill.errors import Mismatch, Unsafe
+from ensemble_distill.cache.verify import Verdict, verify
+from ensemble_distill.errors import Corrupt, Interrupted, Mismatch, Unsafe
 from ensemble_distill.formats.layout import Segment
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.store.local import LocalStorage
@@ -122,6 +123,20 @@ def test_repair_without_a_pipeline_says_what_is_left_to_do(cached: Cli) -> None:
     assert "nothing is damaged" in cached("repair", "cache").stdout
 
 
+def never() -> Verdict:
+    raise AssertionError("nothing can be checked without a plan")
+
+
+def test_of_two_plans_none_is_taken_for_the_one_that_was_in_force(tmp_path: Path) -> None:
+    store = Store(LocalStorage(tmp_path, sync=False))
+    for rows in (8, 12):
+        store.put_plan(a_plan(rows=rows))
+    store.storage.remove("PLAN")
+    with pytest.raises(Corrupt, match="PLAN is damaged, and there are 2 plans to choose from"):
+        repair(store, never)
+    assert store.plan_digest() is None
+
+
 def test_a_plan_that_is_lost_cannot_be_repaired(cached: Cli) -> None:
     flip(only(cached.folder / "cache", "plans/*"))
     refused(cached("repair", "cache", "digits.py", code=4), "plans/")
@@ -139,6 +154,17 @@ def test_a_copy_is_the_same_cache_and_goes_on_where_it_stopped(cached: Cli) -> N
     assert list(digests) == [digest, digest]
     assert "0 B copied now" in cached("copy", "cache", "there").stdout
     refused(cached("copy", "cache", "other", "--expect-digest", "0" * 64, code=3), digest)
+
+
+def test_a_copy_that_is_asked_to_stop_keeps_what_it_has(tmp_path: Path) -> None:
+    plan, source, target = a_plan(), *(Store(LocalStorage(tmp_path / name, sync=False)) for name in ("a", "b"))
+    digest = source.put_plan(plan)
+    for item in plan.items():
+        put_item(source, plan, digest, item)
+    with pytest.raises(Interrupted, match="1/12 units copied") as error:
+        copy(source, target, stop=lambda: 0.0)
+    assert "to go on" in error.value.hint and next(target.committed())
+    assert copy(source, target).units == 12 and set(target.committed()) == set(source.committed())
 
 
 def test_a_damaged_unit_is_not_copied_and_another_cache_is_not_mixed_in(cached: Cli) -> None:
