@@ -183,7 +183,7 @@ class Copy:
 
     def pytest(self, *args: str, seconds: float | None = None, **env: str) -> tuple[int | None, str]:
         """Exit code (None: it did not end in time) and output of a run in the copy."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", f"{PACKAGE}.guards", "-p", "no:cacheprovider", *args]
+        command = [sys.executable, "-m", "pytest", "-p", f"{PACKAGE}.guards", "-p", "no:cacheprovider", *args]
         # Files are changed within a second of each other, which compiled files would not notice.
         more = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with tempfile.TemporaryFile() as output:

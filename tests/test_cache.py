@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -314,6 +315,26 @@ def test_a_worker_that_waits_for_others_stops_when_it_is_asked_to(pipeline: Modu
 
     with pytest.raises(Interrupted, match="0/28 units committed"):
         Recorder(plan, ensemble, data.sources, store, leases).run(report, stop=lambda: 0.0)
+
+
+def test_an_interrupt_ends_a_capture_which_says_how_far_it_is(
+    pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = pipeline.data(), pipeline.cache()
+    store = open_store(tmp_path / "cache", create=True)
+    leases = Leases(store.storage)
+    plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
+    forward, calls = Recorder._forward, itertools.count(1)
+
+    def interrupted(self: Recorder, piece: object) -> object:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return forward(self, piece)
+
+    monkeypatch.setattr(Recorder, "_forward", interrupted)
+    with pytest.raises(Interrupted, match="2/28 units committed"):
+        Recorder(plan, ensemble, data.sources, store, leases).run()
+    assert len(list(store.committed())) == 2 and not leases.live()
 
 
 def test_identity_covers_the_plain_attributes_of_a_member() -> None:

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from small import a_plan, file_of, keys_of, put_item
 
+from ensemble_distill.cache.commits import check_layout, held_plan
 from ensemble_distill.cache.partial import whole
 from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem, unit_rows
 from ensemble_distill.cache.rows import Rows
+from ensemble_distill.cache.verify import verify
 from ensemble_distill.codec import Features
-from ensemble_distill.errors import Corrupt, Mismatch, StorageError, UsageError
+from ensemble_distill.errors import Corrupt, Error, Mismatch, StorageError, Unsafe, UsageError
 from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment, read_segments
 from ensemble_distill.recording.seal import seal
@@ -168,6 +170,18 @@ def test_a_number_that_this_interpreter_would_not_write_is_refused() -> None:
 
 # The store ------------------------------------------------------------------------------------------
 
+FIRST, SECOND = "train-v000000-00000000.targets", "train-v000000-00000000.tap.a.x"
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> tuple[Plan, str, Store]:
+    """A small cache whose units are all there, not sealed."""
+    plan, store = a_plan(), Store(LocalStorage(tmp_path / "cache", sync=False))
+    digest = store.put_plan(plan)
+    for item in plan.items():
+        put_item(store, plan, digest, item)
+    return plan, digest, store
+
 
 def put(store: Store, unit: str = "u-0", rows: int = 40, format: str = "hdf5") -> Commit:
     return store.put_unit("p", unit, some_records(rows), format, "0" * 64, None, {})[0]
@@ -289,19 +303,36 @@ def test_a_unit_larger_than_the_memory_is_not_read(tmp_path: Path) -> None:
     assert "--memory" in error.value.hint
 
 
+def test_a_cache_without_a_plan_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Corrupt, match="PLAN is missing"):
+        held_plan(Store(LocalStorage(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("lies", "error", "reason"),
+    [
+        ({"unit": SECOND}, Corrupt, f"the commit of unit {SECOND} stands where {FIRST}'s should"),
+        ({"rows": 5}, Corrupt, "has 5 rows, expected 4"),
+        ({"segments": ()}, Corrupt, r"holds \[\], expected \['main/logprobs'\]"),
+        ({"size": 24 + (1 << 16) + (1 << 12) + 1}, Unsafe, "would be a file of 69657 bytes"),
+        ({"segments": ({"stride": 5},)}, Unsafe, "stride 5, expected 6"),
+        ({"segments": ({"offset": 1 << 20},)}, Unsafe, "rows beyond the end of its file"),
+    ],
+)
+def test_a_commit_that_does_not_follow_from_the_plan_is_refused_before_anything_is_read(
+    complete: tuple[Plan, str, Store], lies: dict[str, Any], error: type[Error], reason: str
+) -> None:
+    plan, _, store = complete
+    item, group = plan.locate(FIRST)
+    commit = store.commit(FIRST)
+    check_layout(commit.model_copy(update={"size": 24 + (1 << 16) + (1 << 12)}), group, item, "here")
+    if "segments" in lies:
+        lies = {"segments": tuple(commit.segments[0].model_copy(update=edit) for edit in lies["segments"])}
+    with pytest.raises(error, match=reason):
+        check_layout(commit.model_copy(update=lies), group, item, "here")
+
+
 # Sealing --------------------------------------------------------------------------------------------
-
-FIRST, SECOND = "train-v000000-00000000.targets", "train-v000000-00000000.tap.a.x"
-
-
-@pytest.fixture
-def complete(tmp_path: Path) -> tuple[Plan, str, Store]:
-    """A small cache whose units are all there, not sealed."""
-    plan, store = a_plan(), Store(LocalStorage(tmp_path / "cache", sync=False))
-    digest = store.put_plan(plan)
-    for item in plan.items():
-        put_item(store, plan, digest, item)
-    return plan, digest, store
 
 
 @pytest.mark.parametrize(
@@ -336,6 +367,16 @@ def test_a_commit_that_is_no_record_is_not_sealed(complete: tuple[Plan, str, Sto
         seal(plan, digest, store)
 
 
+def test_a_commit_that_was_changed_after_it_was_sealed_is_reported(complete: tuple[Plan, str, Store]) -> None:
+    plan, digest, store = complete
+    seal(plan, digest, store)
+    commit = store.commit(FIRST)
+    store.storage.replace(f"commits/{FIRST}.json", records.seal(commit.model_copy(update={"provenance": {"by": "x"}})))
+    (damage,) = verify(store).damaged
+    assert (damage.kind, damage.unit) == ("commit copy", FIRST)
+    assert str(damage).endswith(f"commits/{FIRST}.json: not the commit that was sealed")
+
+
 def a_group(name: str = "targets") -> Group:
     return Group.of(name, {"x": Features(width=2)})
 
@@ -351,12 +392,22 @@ def test_unit_sizes_follow_the_formula() -> None:
 
 
 def test_rows_and_units_that_no_memory_could_hold_are_no_plan() -> None:
-    width = 1 << 28
-    wide = [FieldSpec(name=n, dtype="<f2", shape=(width,), codec=Features(width=width)) for n in "xy"]
+    width = 1 << 27
+    wide = {f"tap/{n}": Features(width=width) for n in "wxyz"}
     with pytest.raises(ValidationError, match=r"a row of group 'wide' would take 4294967296 bytes"):
-        Group(name="wide", fields=wide)
+        Group.of("wide", wide)
     with pytest.raises(ValidationError, match=r"a unit of 16777217 rows would take more than 256 MiB"):
         a_plan(rows=1 << 30, unit_rows=(1 << 24) + 1)
+    with pytest.raises(ValidationError, match="268435460 units are more than 268435456"):
+        a_plan(rows=(1 << 26) + 1, unit_rows=1)
+
+
+def test_names_that_stand_twice_are_no_plan() -> None:
+    plan = a_plan()
+    with pytest.raises(ValidationError, match="two fields have the same name"):
+        Group(name="twice", fields=plan.groups[0].fields * 2)
+    with pytest.raises(ValidationError, match="two groups have the same name"):
+        Plan(**dict(plan) | {"groups": plan.groups * 2})
 
 
 @given(st.integers(1, 5000), st.integers(1, 3), st.integers(1, 700))

@@ -92,7 +92,7 @@ def load(kind: type[R], data: bytes, where: str) -> R:
                     hint="use the release of ensemble-distill that wrote it",
                 ) from error
         raise Corrupt(f"{where}: {explain(error, kind)[:500]}") from error
-    except (ValueError, RecursionError) as error:  # NaN, or text that is no text
+    except (ValueError, RecursionError) as error:  # such as a number of more digits than Python writes
         raise Corrupt(f"{where}: not the JSON that was written ({error})") from error
     if not canonical:
         raise Corrupt(f"{where}: its bytes are not those that were written")
