@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only print the guards")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write a page of the figures here")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no test outlives this
     found = guards()
     chosen = [g for g in found if re.search(args.only, f"{g.place} {g.text}") and not g.reason]
     if args.list:
@@ -355,7 +357,7 @@ def main() -> None:
         print(f"survived: {guard.place}  {guard.text}  ({verdicts[guard.key]['why']})")
     print(f"{len(found)} guards, {len(survivors)} survived, {sum(bool(g.reason) for g in found)} exempt")
     if args.write:
-        args.write.write_text(page(found, verdicts, f"python benchmarks/guards.py --write {args.write}"))
+        args.write.write_text(page(found, verdicts, f"python benchmarks/guards.py {shlex.join(sys.argv[1:])}"))
     sys.exit(bool(survivors))
 
 
