@@ -107,6 +107,7 @@ class Targets:
         if self.kind != "unbiased":
             best = self.logprobs.argmax(dim=1)  # of equal values the first, which is the likelier in a topk row
             return best if self.ids is None else self.ids.gather(1, best[:, None])[:, 0]
+        assert self.ids is not None
         # An id may stand several times: equal ones side by side, and their weights together.
         ids, order = self.ids.sort(dim=1)
         group = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).long().cumsum(dim=1), (1, 0))

@@ -23,7 +23,7 @@ from ensemble_distill.cache.partial import whole
 from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem, unit_rows
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.cache.verify import verify
-from ensemble_distill.codec import Features
+from ensemble_distill.codec import Dense, Features, Members
 from ensemble_distill.errors import Corrupt, Error, Mismatch, StorageError, Unsafe, UsageError
 from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment, read_segments
@@ -405,7 +405,9 @@ def test_rows_and_units_that_no_memory_could_hold_are_no_plan() -> None:
 def test_names_that_stand_twice_are_no_plan() -> None:
     plan = a_plan()
     with pytest.raises(ValidationError, match="two fields have the same name"):
-        Group(name="twice", fields=plan.groups[0].fields * 2)
+        Group.of("twice", {"main": Members(inner=Dense(classes=3), members=("a",)), "main/a": Dense(classes=3)})
+    with pytest.raises(ValidationError, match="are not the arrays of its codecs"):
+        Group(name="twice", codecs=plan.groups[0].codecs, fields=plan.groups[0].fields * 2)
     with pytest.raises(ValidationError, match="two groups have the same name"):
         Plan(**dict(plan) | {"groups": plan.groups * 2})
 

@@ -65,6 +65,8 @@ class Group(Config):
     def _bounded(self) -> Self:
         if self.fields != _fields_of(self.codecs):
             raise ValueError(f"the fields of group {self.name!r} are not the arrays of its codecs")
+        if len({f.name for f in self.fields}) < len(self.fields):
+            raise ValueError("two fields have the same name")
         size = sum(math.prod(f.shape) * 8 for f in self.fields)
         if not 0 < size <= 8 * MAX_ROW_BYTES:
             raise ValueError(f"a row of group {self.name!r} would take {size} bytes")
