@@ -374,7 +374,7 @@ def examine(
     for n, guard in enumerate(chosen, 1):
         start, own = time.monotonic(), tests[guard.key]
         by = try_without(copy, guard, own)
-        why = "" if by else f"{len(own)} tests reach it, and pass without it" if own else "no test reaches it"
+        why = "" if by else f"tests that reach it and pass without it: {len(own)}" if own else "no test reaches it"
         verdicts[guard.key] = {"by": by, "why": why}
         kept.write_text(json.dumps(verdicts, indent=1))
         print(
