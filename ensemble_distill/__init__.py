@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ensemble_distill.codec import Dense, Members, Sampled, TopK, VarOpt
     from ensemble_distill.config import (
         CacheConfig,
+        ColorJitter,
         Crop,
+        Custom,
         DataConfig,
         Erase,
         FeatureMatch,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
         HardLabels,
         Member,
         OptimizerConfig,
+        ResizedCrop,
+        Rotate,
         ScheduleConfig,
         SoftTargets,
         Tap,
@@ -35,8 +39,9 @@ _HOMES = {
     "cache.cache": ("Batch", "Cache", "open_cache"),
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
-        "CacheConfig", "Crop", "DataConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "Member",
-        "OptimizerConfig", "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
+        "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Erase", "FeatureMatch", "Flip", "HardLabels",
+        "Member", "OptimizerConfig", "ResizedCrop", "Rotate", "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig",
+        "ViewsConfig",
     ),
     "sources.arrays": ("ArraySource",),
     "sources.idx": ("read_idx",),
@@ -45,9 +50,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Batch", "Cache", "CacheConfig", "Crop", "DataConfig", "Dense", "Erase", "FeatureMatch", "Flip",
-    "HardLabels", "Member", "Members", "OptimizerConfig", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets",
-    "TopK", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
+    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Dense", "Erase",
+    "FeatureMatch", "Flip", "HardLabels", "Member", "Members", "OptimizerConfig", "ResizedCrop", "Rotate", "Sampled",
+    "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache",
+    "read_idx",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ensemble_distill.codec import Dense, HeadCodec, Members, TopK
 from ensemble_distill.errors import UsageError
@@ -47,7 +47,80 @@ class Erase(Config):
     fill: float = 0
 
 
-Transform = Annotated[Flip | Crop | Erase, Field(discriminator="kind")]
+def _rising(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError(f"the first number must not be above the second, found {span}")
+    return span
+
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Ratio = Annotated[float, Field(ge=0.01, le=100)]
+
+
+class Rotate(Config):
+    """Turn about the centre by an angle uniform in ±``degrees``, bilinear; ``fill`` is the pixel value around it."""
+
+    kind: Literal["rotate"] = "rotate"
+    degrees: float = Field(ge=0, le=180)
+    fill: float = Field(0, ge=0, le=255)
+
+
+class ColorJitter(Config):
+    """Brightness, contrast, saturation and hue, changed in this order by drawn amounts.
+
+    The first three are scaled by factors uniform in [max(0, 1 − x), 1 + x], hue is turned by a part of a full turn
+    uniform in [−x, x]. 0 leaves one as it is. Saturation and hue need three channels.
+    """
+
+    kind: Literal["color_jitter"] = "color_jitter"
+    brightness: float = Field(0, ge=0, le=100)
+    contrast: float = Field(0, ge=0, le=100)
+    saturation: float = Field(0, ge=0, le=100)
+    hue: float = Field(0, ge=0, le=0.5)
+
+
+class ResizedCrop(Config):
+    """Inception crop (Szegedy et al. 2015): cut a drawn rectangle and resize it to ``size`` pixels square, bilinear.
+
+    Its area is uniform in ``area`` (a share of the image), its aspect (width over height) log-uniform in
+    ``aspect``; it is clipped to the image.
+    """
+
+    kind: Literal["resized_crop"] = "resized_crop"
+    size: int = Field(ge=1, le=1 << 14)
+    area: Annotated[tuple[_Share, _Share], AfterValidator(_rising)] = (0.08, 1.0)
+    aspect: Annotated[tuple[_Ratio, _Ratio], AfterValidator(_rising)] = (3 / 4, 4 / 3)
+
+
+class Custom(Config):
+    """A transform of the user's own: ``function(images [B, C, H, W], u float64 [B, slots]) -> images``.
+
+    It must be a pure function of its arguments, and treat each row by itself: ``u`` holds all that is drawn, uniform
+    in [0, 1). A plan knows it by ``name`` and ``slots`` only, so give a function that was changed another name. What
+    was read back from a plan has no function.
+    """
+
+    kind: Literal["custom"] = "custom"
+    name: Name = Field(max_length=100)
+    slots: int = Field(ge=0, le=1024)
+    function: Callable[[Any, Any], Any] | None = Field(None, exclude=True, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Custom) and (self.name, self.slots) == (other.name, other.slots)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.name, self.slots))
+
+
+Transform = Annotated[
+    Flip | Crop | Erase | Rotate | ColorJitter | ResizedCrop | Custom,
+    Field(discriminator="kind"),
+]
+
+
+def named(transform: Transform) -> str:
+    """How messages call a transform: ``flip``, ``custom 'blur'``."""
+    return f"custom {transform.name!r}" if isinstance(transform, Custom) else transform.kind
 
 
 class ViewsConfig(Config):
@@ -282,12 +355,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def describe(value: Any) -> Any:
-    """A configuration as JSON: functions by name, paths as text, sources by their length."""
+    """A configuration as JSON: functions by name, paths as text, sources by their length; not what plans leave out."""
     if isinstance(value, DataConfig):
         sources = {name: {"rows": len(source)} for name, source in value.sources.items()}
         return {"sources": sources, "classes": list(value.classes), "views": describe(value.views)}
     if isinstance(value, BaseModel):
-        return {name: describe(child) for name, child in value}
+        fields = type(value).model_fields
+        return {name: describe(child) for name, child in value if not fields[name].exclude}
     if isinstance(value, Mapping):
         return {str(name): describe(child) for name, child in value.items()}
     if isinstance(value, (list, tuple)):

@@ -21,7 +21,7 @@ from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import HeadCodec
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.heads import decode, with_figures
-from ensemble_distill.config import DataConfig, difference, suggestion
+from ensemble_distill.config import DataConfig, ViewsConfig, difference, suggestion
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.mixture import Mixture
@@ -76,6 +76,7 @@ class Cache:
         members, reading = plan.capture.members, plan.reading
         self.mixture = Mixture(tuple((m.name, m.share) for m in members), reading.combine, reading.temperature_after)
         self._store, self._memory = store, memory
+        self._views = plan.reading.views
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
 
@@ -191,7 +192,10 @@ class Cache:
         return prefetch((partial(self._batch, source, index, split, view, tuple(taps)) for index in batches), workers)
 
     def check(self, data: DataConfig) -> None:
-        """Refuse a pipeline whose classes or views are not those that were captured (Mismatch)."""
+        """Refuse a pipeline whose classes or views are not those that were captured (Mismatch).
+
+        From then on batches are rendered with the pipeline's views: a Custom transform has its function there only.
+        """
         reading = self.plan.reading
         expected = {"classes": list(reading.classes), "views": reading.views.model_dump(mode="json")}
         found = {"classes": list(data.classes), "views": data.views.model_dump(mode="json")}
@@ -201,6 +205,7 @@ class Cache:
                 f"{self.root} was captured with {field} = {old!r}, this pipeline says {new!r}",
                 hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
+        self._views = data.views
 
     def check_labels(self, source: Source, split: str) -> None:
         """Refuse labels that changed since the capture. Another order or size of the source is no change.
@@ -231,7 +236,7 @@ class Cache:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = self.targets_at(rows, view, split=split, taps=taps)
-        return Batch(render_inputs(inputs, keys, self.plan, view), labels, targets, keys, index, view)
+        return Batch(render_inputs(inputs, keys, self._views, view), labels, targets, keys, index, view)
 
     def _key_page(self, split: str, page: int) -> np.ndarray:
         if not self.parts[split].pages[page]:
@@ -303,14 +308,18 @@ def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor |
     return inputs, labels, loaded.keys
 
 
-def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, plan: Plan, view: int) -> dict[str, Tensor]:
+def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfig, view: int) -> dict[str, Tensor]:
     """A batch as the teachers and the student see it: view 0 is the sample as it is, the others are drawn."""
-    views = plan.reading.views
     if view == 0:
         return inputs
+    return inputs | {views.input: render(viewed(inputs, views), keys, views, view)}
+
+
+def viewed(inputs: dict[str, Tensor], views: ViewsConfig) -> Tensor:
+    """The input that the views act on; UsageError if there is none of that name."""
     if views.input not in inputs:
         raise UsageError(f"views act on the input {views.input!r}{suggestion(views.input, inputs)}")
-    return inputs | {views.input: render(inputs[views.input], keys, views, view)}
+    return inputs[views.input]
 
 
 def _quarter_of_memory() -> int:

@@ -27,6 +27,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
     from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.show import show_statistics
+    from ensemble_distill.config import named
 
     held = open_cache(cache, expect_digest=expect_digest)
     plan, manifest = held.plan, held.manifest()
@@ -48,7 +49,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
     more = ", …" if len(reading.classes) > 12 else ""
     console.say(f"classes   {len(reading.classes)}: {', '.join(reading.classes[:12])}{more}")
     console.say(f"combine   {reading.combine}, temperature {reading.temperature_after} after averaging")
-    transforms = ", ".join(t.kind for t in reading.views.transforms) or "none"
+    transforms = ", ".join(named(t) for t in reading.views.transforms) or "none"
     console.say(f"views     transforms: {transforms}; seed {reading.views.seed}")
     console.table(
         ui.table(

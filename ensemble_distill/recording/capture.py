@@ -243,7 +243,8 @@ class Recorder:
 
     def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
         inputs, labels, keys = read(self.sources[item.split], index)
-        return _Piece(item, int(index[0]), render_inputs(inputs, keys, self.plan, item.view), labels, keys, last)
+        inputs = render_inputs(inputs, keys, self.plan.reading.views, item.view)
+        return _Piece(item, int(index[0]), inputs, labels, keys, last)
 
     def _forward(self, piece: _Piece) -> Outputs:
         try:

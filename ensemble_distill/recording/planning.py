@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble_distill.cache.cache import read, viewed
 from ensemble_distill.cache.plan import (
     MAIN,
     MAX_SHARD,
@@ -29,6 +30,7 @@ from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.sources.arrays import Source, check_label_range
+from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import Store
 
@@ -48,6 +50,7 @@ def prepare(
     Raises Mismatch where the directory holds another plan, naming the first field that differs.
     """
     _check(data, config, sources)
+    _check_views(data, config, sources)
     members = [load_member(member) for member in config.members]
     ensemble = Ensemble(members, config, len(data.classes), devices)
     held = existing_plan(store)
@@ -126,6 +129,13 @@ def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source])
         if len(source) == 0:
             raise UsageError(f"source {name!r} is empty")
         check_label_range(source, name, len(data.classes))
+
+
+def _check_views(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
+    """Refuse transforms that do not give the same pixels each time, on the first rows of what is shown in views."""
+    if config.views > 1 and "train" in sources:
+        inputs, _, keys = read(sources["train"], np.arange(min(PROBE_ROWS, len(sources["train"]))))
+        check_deterministic(viewed(inputs, data.views), keys, data.views)
 
 
 def _rows(name: str, source: Source, views: int) -> Split:

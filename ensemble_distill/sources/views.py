@@ -10,13 +10,30 @@ Shapes: images [B, C, H, W] (any dtype), keys uint8 [B, 16], draws float64 [B, D
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.config import Crop, Erase, Flip, Transform, ViewsConfig
+from ensemble_distill.config import (
+    ColorJitter,
+    Crop,
+    Custom,
+    Erase,
+    Flip,
+    ResizedCrop,
+    Rotate,
+    Transform,
+    ViewsConfig,
+    named,
+)
 from ensemble_distill.errors import UsageError
 from ensemble_distill.philox import philox
+from ensemble_distill.sources.pixels import color_jitter, resized_crop, rotate
+
+MAX_SLOTS = 1024
+ALONE_ROWS = 8
 
 
 def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
@@ -26,7 +43,7 @@ def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
     """
     counter = np.ascontiguousarray(keys).view("<u4")
     # 24 bits of view, 8 bits of slot block: 16 million views, 1024 numbers each.
-    blocks = [philox(counter, (seed, view << 8 | block)) for block in range(-(-slots // 4))]
+    blocks = [philox(counter, (seed, view << 8 | block)) for block in range(max(1, -(-slots // 4)))]
     return np.concatenate(blocks, axis=1)[:, :slots] / 2.0**32
 
 
@@ -34,24 +51,45 @@ def render(images: Tensor, keys: np.ndarray, config: ViewsConfig, view: int) -> 
     """View number ``view`` of a batch of images [B, C, H, W]; same dtype, on the images' device."""
     if not config.transforms:
         return images
-    if images.ndim != 4:
-        raise UsageError(f"views need images [B, C, H, W], the input {config.input!r} is {list(images.shape)}")
-    slots = [_SLOTS[type(t)] for t in config.transforms]
-    draws = torch.from_numpy(draw(keys, config.seed, view, sum(slots)))
-    for transform, u in zip(config.transforms, torch.split(draws, slots, dim=1), strict=True):
+    _check_shape(images, config)
+    for transform, u in _drawn(keys, config, view):
         images = _apply(transform, images, u)
     return images
 
 
-_SLOTS = {Flip: 1, Crop: 2, Erase: 5}
+def _check_shape(images: Tensor, config: ViewsConfig) -> None:
+    if images.ndim != 4:
+        raise UsageError(f"views need images [B, C, H, W], the input {config.input!r} is {list(images.shape)}")
+
+
+_SLOTS = {Flip: 1, Crop: 2, Erase: 5, Rotate: 1, ColorJitter: 4, ResizedCrop: 4}
+
+
+def _drawn(keys: np.ndarray, config: ViewsConfig, view: int) -> Iterator[tuple[Transform, Tensor]]:
+    """The transforms in their order, each with its own draws: float64 [B, slots]."""
+    slots = [t.slots if isinstance(t, Custom) else _SLOTS[type(t)] for t in config.transforms]
+    if sum(slots) > MAX_SLOTS:
+        raise UsageError(f"the transforms of a view draw {sum(slots)} numbers, there are {MAX_SLOTS}")
+    draws = torch.from_numpy(draw(keys, config.seed, view, sum(slots)))
+    yield from zip(config.transforms, torch.split(draws, slots, dim=1), strict=True)
 
 
 def _apply(transform: Transform, images: Tensor, u: Tensor) -> Tensor:
-    if isinstance(transform, Flip):
-        return _flip(images, u)
-    if isinstance(transform, Crop):
-        return _crop(images, u, transform.padding, transform.size)
-    return _erase(images, u, transform)
+    match transform:
+        case Flip():
+            return _flip(images, u)
+        case Crop():
+            return _crop(images, u, transform.padding, transform.size)
+        case Erase():
+            return _erase(images, u, transform)
+        case Rotate():
+            return rotate(images, u, transform)
+        case ColorJitter():
+            return color_jitter(images, u, transform)
+        case ResizedCrop():
+            return resized_crop(images, u, transform)
+        case Custom():
+            return _custom(images, u, transform)
 
 
 def _flip(images: Tensor, u: Tensor) -> Tensor:
@@ -94,3 +132,62 @@ def _erase(images: Tensor, u: Tensor, config: Erase) -> Tensor:
     inside_x = (x >= left[:, None]) & (x < (left + w)[:, None])
     hit = (u[:, 0] < config.p)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
     return images.masked_fill(hit[:, None].to(images.device), config.fill)
+
+
+def _custom(images: Tensor, u: Tensor, config: Custom) -> Tensor:
+    """The user's function, which must give as many images as it was given, in their dtype."""
+    if config.function is None:
+        raise UsageError(
+            f"the transform {config.name!r} has no function: a plan knows it by its name only",
+            hint="hand in the views of the pipeline: cache.check(data) before cache.loader(...)",
+        )
+    result = config.function(images, u)
+    if not isinstance(result, Tensor):
+        raise UsageError(f"the transform {config.name!r} returned a {type(result).__name__}, not a tensor")
+    if result.ndim != 4 or len(result) != len(images) or result.dtype != images.dtype:
+        raise UsageError(
+            f"the transform {config.name!r} made {list(result.shape)} {result.dtype} of "
+            f"{list(images.shape)} {images.dtype}: expected as many images [B, C, H, W] of the same dtype"
+        )
+    return result
+
+
+# Proofs ---------------------------------------------------------------------------------------------
+
+
+def check_deterministic(images: Tensor, keys: np.ndarray, config: ViewsConfig) -> None:
+    """Refuse a transform that is no pure function of (row, draws), found by rendering view 1 more than once.
+
+    Raises UsageError naming the first transform whose output differs, in any bit, between two renderings of the same
+    rows, or between a row in its batch and alone (a few rows are tried); or that changes the images it is given.
+    """
+    _check_shape(images, config)
+    for transform, u in _drawn(keys, config, 1) if config.transforms else ():
+        before = images.clone()
+        once, again = _apply(transform, images, u), _apply(transform, images, u)
+        if not _same_bits(images, before):
+            problem = "changes the images that it is given"
+        elif not _same_bits(once, again):
+            problem = "gives other pixels when the same rows are rendered again"
+        elif any(not _same_bits(_apply(transform, images[r], u[r]), once[r]) for r in _some_rows(len(images))):
+            problem = "gives a row other pixels when it is rendered alone than in its batch"
+        else:
+            images = once
+            continue
+        raise UsageError(
+            f"the transform {named(transform)} {problem}",
+            hint="it must be a function of each image and its draws u alone: no random numbers of its own, "
+            "nothing of the other rows, nothing in place",
+        )
+
+
+def _some_rows(size: int) -> list[slice]:
+    """At most ALONE_ROWS rows of a batch, from the first to the last, each as a batch of its own."""
+    count = min(ALONE_ROWS, size)
+    return [slice(i, i + 1) for i in (k * (size - 1) // max(1, count - 1) for k in range(count))]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
