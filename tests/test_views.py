@@ -29,7 +29,7 @@ from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources import pixels, views
-from ensemble_distill.sources.views import check_deterministic, render
+from ensemble_distill.sources.views import audit, audit_differs, check_deterministic, render
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import open_store
 
@@ -528,3 +528,85 @@ def test_every_transform_is_documented_with_its_parameters_and_slots() -> None:
         row = re.search(rf"^\| `{kind.__name__}` \|(.*?)\| {slots} \|", text, re.MULTILINE)
         assert row, kind
         assert all(f"`{field}`" in row[1] for field in kind.model_fields if field != "kind")
+
+
+# Audit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.int16])
+def test_an_audit_is_small_json_of_the_first_samples(dtype: torch.dtype) -> None:
+    images, keys = some((10, 3, 28, 30), torch.float32 if dtype == torch.float16 else torch.uint8)
+    images = (images.int() * 128).to(dtype) if dtype == torch.int16 else images.to(dtype)
+    if dtype == torch.float32:
+        images = images / 255
+    made = audit(images, keys, of(ed.Flip()), (0, 2, 1))
+    assert [(e["sample"], e["view"]) for e in made] == [(s, v) for s in range(4) for v in range(3)]
+    assert made == json.loads(json.dumps(made)) and len(json.dumps(made)) < 6000
+    assert made[3]["key"] == keys[1].tobytes().hex() and made[3]["shape"] == [3, 8, 8]
+    if dtype == torch.uint8:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images[1].double(), 8).round().to(torch.uint8)
+        assert bytes.fromhex(made[3]["cells"]) == pooled.numpy().tobytes()
+    if dtype == torch.float32:  # the same pixels in [0, 1] give the same levels, where a mean is no half
+        levels = (images * 255).round().to(torch.uint8)
+        assert not audit_differs(audit(levels, keys, of(ed.Flip()), (0, 1, 2)), made, 1)
+    assert not audit_differs(made, audit(images[:6], keys[:6], of(ed.Flip()), (0, 1, 2)), 0)
+
+
+def test_small_images_are_kept_whole() -> None:
+    images, keys = some((2, 1, 5, 9))
+    made = audit(images, keys, of(ed.Flip()), (0,))
+    assert [e["shape"] for e in made] == [[1, 5, 8]] * 2
+
+
+def textured(n: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Smooth images, as photographs are: what pooling leaves of noise is gray."""
+    noise, keys = some((n, 3, 7, 7), torch.float32)
+    return torch.nn.functional.interpolate(noise, (28, 28), mode="bicubic").clamp(0, 1), keys
+
+
+def test_a_transform_that_was_changed_under_its_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, keys = textured(4)
+    config, numbers = of(ed.Flip(), ed.Rotate(degrees=20), DARKEN), (0, 1, 2, 3)
+    expected = json.loads(json.dumps(audit(images, keys, config, numbers)))
+    assert audit_differs(expected, audit(images, keys, config, numbers)) == ""
+
+    lighter = ed.Custom(name="darken", slots=1, function=lambda x, u: 1 - darken(x, u))
+    changed = of(ed.Flip(), ed.Rotate(degrees=20), lighter)
+    assert changed == config  # so only the pixels tell
+    assert audit_differs(expected, audit(images, keys, changed, numbers)).startswith("sample 0 in view 1 differs by ")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(views, "_flip", lambda images, u: images.flip(2))
+        assert "in view 1 differs" in audit_differs(expected, audit(images, keys, config, numbers))
+    with monkeypatch.context() as patch:
+        patch.setattr(views, "rotate", lambda images, u, config: pixels.rotate(images, 1 - u, config))
+        assert "in view 1 differs" in audit_differs(expected, audit(images, keys, config, numbers))
+    with monkeypatch.context() as patch:
+        draw = views.draw
+        patch.setattr(views, "draw", lambda keys, seed, view, slots: draw(keys, seed + 1, view, slots))
+        assert "differs" in audit_differs(expected, audit(images, keys, config, numbers))
+
+
+def test_a_level_more_or_less_is_no_change() -> None:
+    images, keys = some((4, 1, 8, 8))
+    images = images.clamp(10, 240)
+    expected = audit(images, keys, of(ed.Flip()), (0, 1))
+    signs = torch.from_numpy(np.random.default_rng(1).integers(-1, 2, images.shape))
+    nearly = audit((images + signs).to(torch.uint8), keys, of(ed.Flip()), (0, 1))
+    assert nearly != expected and audit_differs(expected, nearly) == ""
+    assert audit_differs(expected, nearly, tolerance=0)
+    images[2, 0, 3, 4] += 3
+    assert audit_differs(expected, audit(images, keys, of(ed.Flip()), (0, 1))) == (
+        "sample 2 in view 0 differs by 3 levels of 255"
+    )
+
+
+def test_audits_of_other_samples_shapes_or_views_differ() -> None:
+    images, keys = some((3, 1, 8, 8))
+    config = of(ed.Flip())
+    expected = audit(images, keys, config, (0, 1))
+    assert audit_differs(expected, expected[:-1]) == "sample 2 in view 1 is missing"
+    assert audit_differs(expected[:-1], expected) == "sample 2 in view 1 was not expected"
+    assert "sample 0 in view 0 has key" in audit_differs(expected, audit(images, keys[::-1].copy(), config, (0, 1)))
+    assert "is [1, 8, 6], expected [1, 8, 8]" in audit_differs(expected, audit(images[..., :6], keys, config, (0, 1)))
+    assert audit(images[:0], keys[:0], config, (0, 1)) == []

@@ -10,7 +10,8 @@ Shapes: images [B, C, H, W] (any dtype), keys uint8 [B, 16], draws float64 [B, D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from ensemble_distill.sources.pixels import color_jitter, resized_crop, rotate
 
 MAX_SLOTS = 1024
 ALONE_ROWS = 8
+AUDIT_ROWS = 4
+AUDIT_CELLS = 8
 
 
 def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
@@ -191,3 +194,54 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
+def audit(images: Tensor, keys: np.ndarray, config: ViewsConfig, views: Sequence[int]) -> list[dict[str, Any]]:
+    """A compact rendering of the first samples (at most 4) in some views, small enough for JSON.
+
+    Each entry is a view of a sample: its position in the batch, its key in hex, the view's number, and the image
+    pooled to at most 8×8 cells a channel (adaptive average), in levels of 0..255: ``shape`` [C, h, w], ``cells`` in
+    hex. Floating images are taken to lie in [0, 1], integers to fill their type. View 0 is the sample as it is.
+
+    Whoever renders the same samples with the same configuration later, on another machine or with another version,
+    finds by ``audit_differs`` whether the pixels are still those that the ensemble saw. A transform whose function
+    was changed under its old name is found so, unless what changed is lost in the pooling.
+    """
+    images, keys, entries = images[:AUDIT_ROWS], keys[:AUDIT_ROWS], []
+    for view in views:
+        cells = _pooled_levels(images if view == 0 else render(images, keys, config, view))
+        for sample, levels in enumerate(cells):
+            entry = {"sample": sample, "key": keys[sample].tobytes().hex(), "view": view}
+            entries.append(entry | {"shape": list(levels.shape), "cells": levels.numpy().tobytes().hex()})
+    return sorted(entries, key=lambda entry: (entry["sample"], entry["view"]))
+
+
+def _pooled_levels(images: Tensor) -> Tensor:
+    """uint8 [B, C, h, w] with h, w at most AUDIT_CELLS."""
+    white = 1 if images.dtype.is_floating_point or images.dtype == torch.bool else torch.iinfo(images.dtype).max
+    height, width = (min(AUDIT_CELLS, length) for length in images.shape[2:])
+    pooled = torch.nn.functional.adaptive_avg_pool2d(images.cpu().double(), (height, width))
+    return (pooled * (255 / white)).nan_to_num(0).round().clamp(0, 255).to(torch.uint8)
+
+
+def audit_differs(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], tolerance: int = 2) -> str:
+    """The first (sample, view) whose audit renderings differ, in words; "" if there is none.
+
+    They differ if any cell does by more than ``tolerance`` levels of 255, or if their shapes or keys do, or if one is
+    missing. The tolerance leaves room for the last bits of another machine's arithmetic.
+    """
+    made = {(entry["sample"], entry["view"]): entry for entry in found}
+    for entry in expected:
+        where = f"sample {entry['sample']} in view {entry['view']}"
+        other = made.pop((entry["sample"], entry["view"]), None)
+        if other is None:
+            return f"{where} is missing"
+        if entry["key"] != other["key"]:
+            return f"{where} has key {other['key']}, expected {entry['key']}"
+        if list(entry["shape"]) != list(other["shape"]):
+            return f"{where} is {list(other['shape'])}, expected {list(entry['shape'])}"
+        a, b = (np.frombuffer(bytes.fromhex(e["cells"]), np.uint8).astype(int) for e in (entry, other))
+        if a.shape != b.shape or (len(a) and np.abs(a - b).max() > tolerance):
+            off = f" by {np.abs(a - b).max()} levels of 255" if a.shape == b.shape else ""
+            return f"{where} differs{off}"
+    return "".join(f"sample {sample} in view {view} was not expected" for sample, view in list(made)[:1])
