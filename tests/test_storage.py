@@ -9,10 +9,14 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import buckets
 import numpy as np
 import pytest
+from buckets import Raw
 from faulty import FaultySystem
 
 from ensemble_distill.errors import Corrupt, StorageError, Unsafe
@@ -197,6 +201,38 @@ class TestMemory(StorageContract):
     def raw_read(self, name: str) -> bytes | None:
         file = self.fs.store.get(f"{self.at}/{name}")
         return None if file is None else file.getvalue()
+
+
+class InBucket(StorageContract):
+    """A service on loopback."""
+
+    scheme: ClassVar[str]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def port(cls) -> Iterator[int]:
+        with buckets.SERVERS[cls.scheme]() as port:
+            yield port
+
+    @pytest.fixture
+    def storage(self, port: int) -> Storage:
+        self.raw, self.folder = Raw(self.scheme, port), uuid.uuid4().hex
+        place = f"{self.scheme}://{buckets.BUCKET}/{self.folder}"
+        return RemoteStorage(place, sleep=lambda seconds: None, **buckets.options(self.scheme, port))
+
+    def raw_write(self, name: str, data: bytes) -> None:
+        self.raw.write(f"{self.folder}/{name}", data)
+
+    def raw_read(self, name: str) -> bytes | None:
+        return self.raw.read(f"{self.folder}/{name}")
+
+
+class TestS3(InBucket):
+    scheme = "s3"
+
+
+class TestGoogle(InBucket):
+    scheme = "gs"
 
 
 class TestCached(TestLocal):
