@@ -68,6 +68,9 @@ class Simulated:
     def replace(self, name: str, data: bytes) -> None:
         self._files.replace(name, data)
 
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        return self._files.swap(name, expected, data)
+
     def read(self, name: str, at_most: int = 0) -> bytes:
         self._count("read")
         if name.startswith("commits/"):

@@ -30,7 +30,7 @@ SCHEMES = ("s3", "gs")
 # What a proxy does with a request: (method, path, number of the request) -> one of FAULTS, LATE, or "".
 Schedule = Callable[[str, str, int], str]
 FAULTS = ("500 before", "503 before", "409 before", "500 after", "cut after")
-CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 503: "SlowDown"}
+CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 412: "PreconditionFailed", 503: "SlowDown"}
 # A listing from which every name is left out with a chance of a half.
 LATE = "late"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import buckets
 import pytest
-from buckets import FAULTS, Service
+from buckets import FAULTS, Raw, Service
 from conftest import Cli
 from small import a_plan, put_item
 
@@ -72,8 +72,10 @@ def test_every_kind_of_failed_reply_to_every_kind_of_request(service: Service, f
     assert place.create("x", b"mine") is True
     assert place.create("x", b"yours") is False
     assert place.read("x") == b"mine" and place.size("x") == 4 and place.size("y") is None
-    place.replace("x", b"again")
-    assert place.read("x") == b"again"
+    assert place.swap("x", b"mine", b"again") is True
+    assert place.swap("x", b"mine", b"never") is False
+    place.replace("x", b"at last")
+    assert place.read("x") == b"at last"
     place.remove("x")
     assert place.size("x") is None
     assert len(failed) == (0 if (service.scheme, method) == ("gs", "HEAD") else 3)
@@ -133,10 +135,56 @@ def test_a_service_that_stays_away_is_a_storage_error(service: Service) -> None:
     assert service.proxy.requests == remote.ATTEMPTS, "nobody else tries again"
 
 
+@pytest.mark.parametrize("fault", ["500 after", "cut after"])
+@pytest.mark.parametrize("expected", [None, b"old"])
+def test_a_swap_whose_reply_is_lost_is_done(service: Service, fault: str, expected: bytes | None) -> None:
+    place = service.storage(f"swap-{fault}-{expected is None}".replace(" ", "-"))
+    if expected is not None:
+        place.replace("x", expected)
+    failed: list[str] = []
+
+    def schedule(method: str, path: str, n: int) -> str:
+        if method != WRITES[service.scheme] or failed:
+            return ""
+        failed.append(path)
+        return fault
+
+    service.proxy.schedule = schedule
+    assert place.swap("x", expected, b"new") is True
+    assert failed and place.read("x") == b"new"
+    assert place.swap("x", expected, b"newer") is False
+
+
+def test_a_swap_that_is_overtaken_between_its_look_and_its_put_is_refused(service: Service) -> None:
+    place = service.storage("overtaken")
+    raw = Raw(service.scheme, service.direct)
+    for expected in (None, b"old"):
+        if expected is not None:
+            raw.write("overtaken/x", expected)
+
+        def schedule(method: str, path: str, n: int) -> str:
+            if method == WRITES[service.scheme]:
+                raw.write("overtaken/x", b"theirs")
+            return ""
+
+        service.proxy.schedule = schedule
+        assert place.swap("x", expected, b"ours") is False
+        assert raw.read("overtaken/x") == b"theirs"
+
+
+def test_a_service_that_does_not_say_which_condition_failed(service: Service) -> None:
+    """Not every service of S3 does; s3fs then takes it for an invalid request."""
+    place = service.storage("bare")
+    place.create("x", b"theirs")
+    service.proxy.schedule = lambda method, path, n: "412 before" if method == WRITES[service.scheme] else ""
+    assert place.create("x", b"ours") is False
+    assert place.read("x") == b"theirs"
+
+
 def test_a_bucket_that_is_not_there_is_a_storage_error(service: Service) -> None:
     url = f"{service.scheme}://nosuch/x"
     place = RemoteStorage(url, sleep=lambda seconds: None, **buckets.options(service.scheme, service.proxy.port))
-    for write in (place.create, place.replace):
+    for write in (place.create, place.replace, lambda name, data: place.swap(name, None, data)):
         with pytest.raises(StorageError, match="nosuch/x/y"):
             write("y", b"1")
 

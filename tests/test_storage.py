@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import ClassVar
 import buckets
 import numpy as np
 import pytest
-from buckets import Raw
+from buckets import Raw, Service
 from faulty import FaultySystem
 
 from ensemble_distill.errors import Corrupt, StorageError, Unsafe
@@ -36,7 +38,12 @@ OUTSIDE = (
 
 
 class StorageContract:
-    """The seven operations. ``raw_write`` and ``raw_read`` go round the code under test."""
+    """The eight operations. ``raw_write`` and ``raw_read`` go round the code under test.
+
+    racing: whether of many swaps at once one succeeds.
+    """
+
+    racing: ClassVar[bool] = True
 
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
@@ -71,6 +78,56 @@ class StorageContract:
         storage.replace("a/b", b"short")
         assert self.raw_read("a/b") == b"short"
         assert list(storage.list("a")) == ["a/b"]
+
+    def test_swap_writes_over_what_is_expected_only(self, storage: Storage) -> None:
+        assert storage.swap("a/b", b"none", b"first") is False and self.raw_read("a/b") is None
+        assert storage.swap("a/b", None, b"first") is True
+        assert self.raw_read("a/b") == b"first"
+        for expected in (None, b"", b"firs", b"first.", b"other"):
+            assert storage.swap("a/b", expected, b"second") is False
+            assert self.raw_read("a/b") == b"first"
+        assert storage.swap("a/b", b"first", b"a longer second") is True
+        assert self.raw_read("a/b") == b"a longer second"
+        assert storage.swap("a/b", b"a longer second", b"") is True
+        assert self.raw_read("a/b") == b""
+        assert storage.swap("a/b", b"", b"third") is True
+        assert self.raw_read("a/b") == b"third" and list(storage.list("a")) == ["a/b"]
+
+    def test_swap_sees_what_others_wrote(self, storage: Storage) -> None:
+        self.raw_write("a/b", b"theirs")
+        assert storage.swap("a/b", None, b"ours") is False
+        assert storage.swap("a/b", b"theirs", b"ours") is True
+        self.raw_write("a/b", b"theirs again, and much longer")
+        assert storage.swap("a/b", b"ours", b"new") is False
+        assert self.raw_read("a/b") == b"theirs again, and much longer"
+        storage.remove("a/b")
+        assert storage.swap("a/b", b"ours", b"new") is False and self.raw_read("a/b") is None
+
+    def test_to_swap_in_what_stands_there_is_done_already(self, storage: Storage) -> None:
+        self.raw_write("a/b", b"new")
+        for expected in (None, b"old", b"new"):
+            assert storage.swap("a/b", expected, b"new") is True
+            assert self.raw_read("a/b") == b"new"
+
+    def test_of_many_swaps_at_once_one_succeeds(self, storage: Storage) -> None:
+        if not self.racing:
+            pytest.skip("it does not tell two writers at once apart")
+        held: bytes | None = None
+        for turn in range(3):
+            won, start = [], threading.Barrier(6)
+
+            def swap(data: bytes, expected: bytes | None, won: list[bytes], start: threading.Barrier) -> None:
+                start.wait()
+                if storage.swap("a/b", expected, data):
+                    won.append(data)
+
+            threads = [threading.Thread(target=swap, args=(b"%d %d" % (turn, i), held, won, start)) for i in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            held = self.raw_read("a/b")
+            assert won == [held]
 
     @pytest.mark.parametrize("size", [0, 1, 4096, 3_000_001])
     def test_what_is_written_is_read_whole(self, storage: Storage, size: int) -> None:
@@ -128,6 +185,7 @@ class StorageContract:
         calls = (
             storage.read, storage.size, storage.remove, lambda n: list(storage.list(n)),
             lambda n: storage.create(n, b""), lambda n: storage.replace(n, b""),
+            lambda n: storage.swap(n, None, b""),
         )  # fmt: skip
         for call in calls:
             with pytest.raises(Unsafe, match="no name"):
@@ -183,6 +241,8 @@ class TestLocal(StorageContract):
 
 
 class TestMemory(StorageContract):
+    racing = False
+
     @pytest.fixture
     def storage(self) -> Storage:
         self.at = f"/{uuid.uuid4().hex}"
@@ -215,10 +275,11 @@ class InBucket(StorageContract):
             yield port
 
     @pytest.fixture
-    def storage(self, port: int) -> Storage:
+    def storage(self, port: int) -> Iterator[Storage]:
         self.raw, self.folder = Raw(self.scheme, port), uuid.uuid4().hex
-        place = f"{self.scheme}://{buckets.BUCKET}/{self.folder}"
-        return RemoteStorage(place, sleep=lambda seconds: None, **buckets.options(self.scheme, port))
+        service = Service(self.scheme, port)
+        yield service.storage(self.folder)
+        service.close()
 
     def raw_write(self, name: str, data: bytes) -> None:
         self.raw.write(f"{self.folder}/{name}", data)
@@ -268,6 +329,56 @@ def test_durable_means_file_then_name_then_directory(tmp_path: Path) -> None:
     system.calls.clear()
     storage.create("a/b/c", b"1")
     assert system.calls[:4] == ["mkdir", "sync_directory"] * 2
+
+
+def test_a_swap_is_as_durable_as_a_replace(tmp_path: Path) -> None:
+    system = FaultySystem()
+    storage = LocalStorage(tmp_path, system)
+    storage.create("x", b"1")
+    system.calls.clear()
+    assert storage.swap("x", b"1", b"2")
+    assert system.calls[-7:] == ["open_new", "write", "sync", "close", "rename", "sync_directory", "unlink"]
+    system.calls.clear()
+    assert storage.swap("x", b"1", b"2")
+    assert system.calls[-1] == "sync_directory"  # somebody else's rename may not be durable yet
+    assert "write" not in system.calls
+    system.calls.clear()
+    assert not storage.swap("x", b"1", b"3")
+    assert not {"write", "rename"} & set(system.calls)
+
+
+def test_a_swap_waits_for_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that both saw what they expected would both write."""
+    storage, inside, held = LocalStorage(tmp_path), [], LocalStorage._held
+    storage.create("x", b"0")
+
+    def slow(self: LocalStorage, name: str, at_most: int) -> bytes | None:
+        inside.append(name)
+        assert len(inside) == 1, "two at once"
+        time.sleep(0.05)
+        found = held(self, name, at_most)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(LocalStorage, "_held", slow)
+    won: list[bool] = []
+    threads = [threading.Thread(target=lambda i=i: won.append(storage.swap("x", b"0", b"%d" % i))) for i in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False, False, True]
+
+
+def test_a_folder_that_cannot_be_locked_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    storage = LocalStorage(tmp_path)
+    assert storage.swap("x", None, b"1") and storage.swap("x", b"1", b"2") and storage.read("x") == b"2"
 
 
 def test_a_system_syncs_files_and_directories_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +452,13 @@ def test_a_file_where_a_folder_should_be_is_refused(local: LocalStorage) -> None
 def test_what_is_no_plain_file_has_no_size_and_is_not_written(local: LocalStorage, name: str) -> None:
     assert local.size(name) is None
     assert local.create(name, b"ours") is False
+
+
+@pytest.mark.parametrize("name", ["a/link", "a/dangling", "a/pipe", "a/directory", "folder/b"])
+def test_what_is_no_plain_file_is_not_swapped(local: LocalStorage, name: str) -> None:
+    for expected in (None, b"canary"):
+        with pytest.raises(Unsafe):
+            local.swap(name, expected, b"ours")
 
 
 @pytest.mark.parametrize("name", ["a/link", "a/dangling", "a/pipe"])

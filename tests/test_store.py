@@ -30,7 +30,7 @@ from ensemble_distill.formats.layout import Segment, read_segments
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
-from ensemble_distill.store.records import Commit
+from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store, open_store
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -192,6 +192,45 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
     first = put(store, rows=40)
     put(store, rows=41)
     assert store.commit("u-0") == first and list(store.committed()) == ["u-0"]
+
+
+def test_of_two_that_seal_at_once_one_is_told_to_look_again(tmp_path: Path) -> None:
+    """CURRENT moves from the manifest that was in force when the reading began, or not at all."""
+    store = Store(LocalStorage(tmp_path))
+    manifests = [
+        Manifest(plan="0" * 64, pages=(), content_digest=c * 64, units=0, rows=0, bytes=0, statistics={}, provenance={})
+        for c in "abc"
+    ]
+    began = store.current()
+    first = store.put_manifest(manifests[0], began)
+    with pytest.raises(Mismatch, match="sealed by somebody else meanwhile") as error:
+        store.put_manifest(manifests[1], began)
+    assert store.current() == first and "run the same command again" in error.value.hint
+    assert store.put_manifest(manifests[0], began) == first  # the same seal is no quarrel
+    second = store.put_manifest(manifests[1])  # as it is now
+    assert store.put_manifest(manifests[2], second) == store.current()
+    with pytest.raises(Mismatch):
+        store.put_manifest(manifests[0], None)
+
+
+def test_a_seal_reads_the_pointer_before_the_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is sealed while it reads commits, it does not overwrite."""
+    store, plan = Store(LocalStorage(tmp_path)), a_plan()
+    digest = store.put_plan(plan)
+    for item in plan.items():
+        put_item(store, plan, digest, item)
+    read = Store.commit_body
+
+    def overtaken(self: Store, unit: str) -> bytes:
+        (tmp_path / "CURRENT").write_text("a" * 64 + "\n")
+        return read(self, unit)
+
+    monkeypatch.setattr(Store, "commit_body", overtaken)
+    with pytest.raises(Mismatch, match="meanwhile"):
+        seal(plan, digest, store)
+    assert store.current() == "a" * 64
+    monkeypatch.undo()
+    assert seal(plan, digest, store) == store.current()
 
 
 def test_an_object_is_durable_before_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,11 @@ READERS = 4
 def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = None) -> str:
     """Write the manifest and put it in force; its digest. Mismatch if units are missing, Corrupt if one is wrong.
 
+    Mismatch, too, if somebody else sealed meanwhile: what was read here may be older than what they read.
+
     done: which units are committed, bool [units], where the caller knows it.
     """
+    parent = store.current()  # first: whatever is sealed from here on may know more than this
     done = committed_units(store, plan) if done is None else done
     if not done.all():
         raise Mismatch(
@@ -38,7 +41,7 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
     sealing = _Sealing(plan, plan_digest, store)
     for part in _commits(plan, store):
         sealing.add(part)
-    return store.put_manifest(sealing.manifest())
+    return store.put_manifest(sealing.manifest(), parent)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class CachedStorage:
     def replace(self, name: str, data: bytes) -> None:
         self._storage.replace(name, data)
 
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        return self._storage.swap(name, expected, data)
+
     def size(self, name: str) -> int | None:
         return self._storage.size(name)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -98,6 +99,21 @@ class LocalStorage:
             if self._sync:
                 self._system.sync_directory(path.parent)
 
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        path = self._path(name)
+        folder = path.parent
+        with _errors(path):
+            self._make_directory(folder)
+            with self._locked(folder):
+                if (held := self._held(name, max(len(data), len(expected or b"")))) == data:
+                    if self._sync:  # whoever wrote it may have died before it was durable
+                        self._system.sync_directory(folder)
+                    return True
+                if held != expected:
+                    return False
+                self.replace(name, data)
+                return True
+
     def read(self, name: str, at_most: int = MAX_RECORD) -> bytes:
         path = self._path(name)
         with _errors(path), self._opened(name) as handle:
@@ -159,6 +175,30 @@ class LocalStorage:
             if folder.is_symlink():
                 raise Unsafe(f"{folder} is a link, expected a folder")
         return path
+
+    def _held(self, name: str, at_most: int) -> bytes | None:
+        """What a name holds, no more than a byte beyond ``at_most``; None where it is not there."""
+        if (size := self.size(name)) is not None and size > at_most:
+            return bytes(at_most + 1)  # something else, whatever it is
+        with contextlib.suppress(Corrupt):
+            return self.read(name, at_most)
+        return None
+
+    @contextlib.contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """One at a time, of all processes of this machine; the lock of one that dies is gone with it.
+
+        File systems that cannot lock a folder (some of a network) are not locked.
+        """
+        handle = self._system.open_directory(str(folder))
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the same handle
+            os.close(handle)
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:

@@ -1,15 +1,18 @@
 """Bytes at names in a bucket, through fsspec: s3://…, gs://…, memory://….
 
-A put is whole or not there, so the commit protocol needs one thing more: ``create`` is a conditional put, and
-of many writers one wins. Replies get lost after the service did its work; what then stands there is compared
-with what was to be written.
+A put is whole or not there, so the commit protocol needs one thing more: ``create`` and ``swap`` are conditional
+puts, and of many writers one wins. Replies get lost after the service did its work; what then stands there is
+compared with what was to be written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import json
 import random
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +41,11 @@ class RemoteStorage:
 
     def __init__(self, url: str, *, sleep: Callable[[float], None] = time.sleep, **options: Any) -> None:
         protocol = url.partition("://")[0]
+        self._kind = {"s3a": "s3", "gcs": "gs"}.get(protocol, protocol)
         options = {"use_listings_cache": False, **options}
         self._whole: dict[str, Any] = {}
         try:
-            if protocol in ("gs", "gcs"):
+            if self._kind == "gs":
                 self.fs = _google()(**options)
                 self._path = self.fs._strip_protocol(url).rstrip("/")
                 # In one request, whatever its size: it is whole or not there, and its condition holds for all of it.
@@ -74,6 +78,24 @@ class RemoteStorage:
     def replace(self, name: str, data: bytes) -> None:
         path = self._at(name)
         self._put(name, lambda: self.fs.pipe_file(path, data, **self._whole))
+
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        path = self._at(name)
+        at_most = max(len(data), len(expected or b""))
+        for _ in range(ATTEMPTS):
+            held, version = self._try(name, lambda: self._held(path, at_most))
+            if held == data:  # also where the reply to an earlier attempt was lost
+                return True
+            if held != expected:
+                return False
+            try:
+                self._try(name, functools.partial(self._put_over, path, version, data))
+            except (FileExistsError, FileNotFoundError) as error:
+                if held is None and isinstance(error, FileNotFoundError):  # it is the bucket that is not there
+                    raise self._refused(name, error) from error
+                continue  # it changed meanwhile, or it was us
+            return True
+        raise StorageError(f"{self.root}/{name}: it changes all the time", hint="run the same command again")
 
     def read(self, name: str, at_most: int = MAX_RECORD) -> bytes:
         path = self._at(name)
@@ -118,15 +140,51 @@ class RemoteStorage:
     def _at(self, name: str) -> str:
         return f"{self._path}/{check_name(name, self.root)}"
 
+    def _held(self, path: str, at_most: int) -> tuple[bytes | None, str]:
+        """What an object holds, no more than a byte beyond ``at_most``, and the version of it that does.
+
+        An object that is not there has no version.
+        """
+        try:
+            if self._kind == "gs":
+                bucket, key, _ = self.fs.split_path(path)
+                version = str(self.fs.call("GET", "b/{}/o/{}", bucket, key, json_out=True)["generation"])
+                return self._range(path, at_most + 1, generation=version), version
+            if self._kind == "s3":
+                from fsspec.asyn import sync
+
+                bucket, key, _ = self.fs.split_path(path)
+                reply = self.fs.call_s3("get_object", Bucket=bucket, Key=key)
+                with contextlib.closing(reply["Body"]) as body:
+                    return bytes(sync(self.fs.loop, body.read, at_most + 1)), str(reply["ETag"])
+            return self._range(path, at_most + 1), "any"
+        except FileNotFoundError:
+            return None, ""
+
+    def _put_over(self, path: str, version: str, data: bytes) -> None:
+        """Write over this version of an object; one of the two errors of ``_try`` if there is another now.
+
+        Where versions are unknown, two writers at once are not told apart.
+        """
+        if not version:
+            self.fs.pipe_file(path, data, mode="create", **self._whole)
+        elif self._kind == "gs":
+            _google_upload(self.fs, path, data, ifGenerationMatch=version)
+        elif self._kind == "s3":
+            bucket, key, _ = self.fs.split_path(path)
+            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfMatch=version)
+        else:
+            self.fs.pipe_file(path, data)
+
     def _put(self, name: str, call: Callable[[], object]) -> None:
         try:
             self._try(name, call)
         except FileNotFoundError as error:  # it is the bucket that is not there
             raise self._refused(name, error) from error
 
-    def _range(self, path: str, end: int) -> bytes:
+    def _range(self, path: str, end: int, **how: Any) -> bytes:
         try:
-            return bytes(self.fs.cat_file(path, start=0, end=end))
+            return bytes(self.fs.cat_file(path, start=0, end=end, **how))
         except Exception as error:
             if _code(error) in _NO_RANGE:  # there is none in an empty object
                 return b""
@@ -186,3 +244,19 @@ def _google() -> Any:
         _request = getattr(GCSFileSystem._request, "__wrapped__", GCSFileSystem._request)
 
     return Google
+
+
+def _google_upload(fs: Any, path: str, data: bytes, **condition: str) -> None:
+    """An upload of gcsfs with a condition that gcsfs has no name for."""
+    bucket, key, _ = fs.split_path(path)
+    boundary = secrets.token_hex(16)
+    head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps({'name': key})}\r\n--{boundary}\r\n"
+    kind = "Content-Type: application/octet-stream\r\n\r\n"
+    fs.call(
+        "POST",
+        f"{fs._location}/upload/storage/v1/b/{bucket}/o",
+        uploadType="multipart",
+        headers={"Content-Type": f'multipart/related; boundary="{boundary}"'},
+        data=(head + kind).encode() + data + f"\r\n--{boundary}--\r\n".encode(),
+        **condition,
+    )

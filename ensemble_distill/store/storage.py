@@ -15,7 +15,7 @@ MAX_RECORD = 256 << 20
 
 
 class Storage(Protocol):
-    """Seven operations. Whatever ``create`` and ``replace`` have acknowledged survives any later crash, whole.
+    """Eight operations. What ``create``, ``replace`` and ``swap`` have acknowledged survives any later crash, whole.
 
     ``root`` says where it is, for people. Errors: StorageError for what the place cannot do now, Corrupt for a
     name that should be there and is not, Unsafe for what is no plain file or is larger than it may be.
@@ -32,6 +32,13 @@ class Storage(Protocol):
 
     def replace(self, name: str, data: bytes) -> None:
         """Write ``name`` whole, over whatever was there."""
+        ...
+
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        """Write ``name`` whole if it still holds ``expected`` (None: if it is not there); False if it does not.
+
+        True also where it holds ``data`` already: a reply may have been lost after the work was done.
+        """
         ...
 
     def read(self, name: str, at_most: int = MAX_RECORD) -> bytes:

@@ -36,6 +36,9 @@ from ensemble_distill.store.storage import Storage
 
 MEND = "mend it with `ensemble-distill repair`, or restore the file from a copy of the cache"
 
+# In place of a digest: whatever stands there now.
+NOW = "now"
+
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -119,8 +122,13 @@ class Store:
         self._put(f"pages/{digest}.json", data)
         return digest
 
-    def put_manifest(self, manifest: Manifest) -> str:
-        """Seal: the manifest, whose pages are written, and then the pointer to it."""
+    def put_manifest(self, manifest: Manifest, parent: str | None = NOW) -> str:
+        """Seal: the manifest, whose pages are written, and then the pointer to it.
+
+        parent: the digest of the manifest that was in force (None: there was none) when the caller began to read
+        what it seals; as it is now, where nothing can have changed. Mismatch if another came into force since.
+        """
+        parent = self.current() if parent == NOW else parent
         if (unit := next(self.committed(), None)) is not None:
             # A writer may have died between the link and the fsync of a commit that others then found: to create it
             # again makes the directory durable, and with it all of them.
@@ -128,7 +136,12 @@ class Store:
         data = records.dump(manifest)
         digest = sha256(data)
         self._put(f"manifests/{digest}.json", data)
-        self.storage.replace("CURRENT", f"{digest}\n".encode())
+        before = None if parent is None else f"{parent}\n".encode()
+        if not self.storage.swap("CURRENT", before, f"{digest}\n".encode()):
+            raise Mismatch(
+                f"{self.root} was sealed by somebody else meanwhile",
+                hint="run the same command again: it seals what is there now",
+            )
         return digest
 
     def put_copy(self, unit: str, commit: Commit, data: bytes) -> bool:
