@@ -18,6 +18,7 @@ from conftest import Cli, load_module
 from torch import nn
 
 import ensemble_distill as ed
+from ensemble_distill.cache.cache import render_inputs
 from ensemble_distill.cache.commits import held_plan
 from ensemble_distill.config import CacheConfig, DataConfig, OptimizerConfig, ScheduleConfig, ViewsConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
@@ -414,3 +415,20 @@ def test_a_sample_of_classes_at_another_temperature_is_refused_before_step_one(c
     cli("cache", "digits.py", "--out", "cache")
     error = cli("train", "digits.py", "--cache", "cache", "--out", "run", code=2).stderr
     assert "cannot be tempered" in error and not (cli.folder / "run/checkpoint.json").exists()
+
+
+def test_keys_beyond_the_memory_are_not_read(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensemble_distill.cache.cache.MIN_KEYS", 1)
+    cache = ed.open_cache(captured / "cache", memory=15_999)
+    with pytest.raises(UsageError, match="the keys of train take 0 MB") as error:
+        cache.table("train")
+    assert "--memory" in error.value.hint
+    assert len(ed.open_cache(captured / "cache", memory=16_000).table("train")) == 1000
+
+
+def test_views_of_an_input_that_is_not_there_are_refused() -> None:
+    views = ed.ViewsConfig(transforms=(ed.Flip(),), input="picture")
+    inputs, keys = {"image": torch.zeros(2, 1, 4, 4)}, np.zeros((2, 16), np.uint8)
+    assert render_inputs(inputs, keys, views, 0) is inputs
+    with pytest.raises(UsageError, match="views act on the input 'picture'; there is 'image'"):
+        render_inputs(inputs, keys, views, 1)
