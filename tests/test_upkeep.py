@@ -20,6 +20,7 @@ from test_faults import CACHE, TRAIN, VERIFY, content, only, refused
 from test_resume import slow, wait_for
 
 import ensemble_distill as ed
+from ensemble_distill.cache.collect import garbage
 from ensemble_distill.cache.copy import copy
 from ensemble_distill.cache.deep import Parser
 from ensemble_distill.cache.repair import repair
@@ -27,6 +28,8 @@ from ensemble_distill.cache.verify import Verdict, verify
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch, Unsafe
 from ensemble_distill.formats.layout import Segment
 from ensemble_distill.recording.seal import seal
+from ensemble_distill.store import records
+from ensemble_distill.store.leases import Leases, lease_storage
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
@@ -410,3 +413,93 @@ def test_evaluate_reads_a_cache_as_train_does(cached: Cli) -> None:
     refused(cached(*run, "--expect-digest", "0" * 64, code=3), digest)
     shutil.rmtree(cached.folder / "cache")
     refused(cached(*run, "--expect-digest", digest, code=2), "no cache to compare with")
+
+
+# What somebody tried who was told to break a cache without being noticed -----------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A small sealed cache."""
+    store, plan = Store(LocalStorage(tmp_path / "small")), a_plan()
+    digest = store.put_plan(plan)
+    for item in plan.items():
+        put_item(store, plan, digest, item)
+    seal(plan, digest, store)
+    return tmp_path / "small"
+
+
+def falsify_plan(root: Path, manifest: bool) -> None:
+    """Another plan in force (and in the manifest) over commits that name the true one."""
+    store = Store(LocalStorage(root))
+    current = store.current()
+    plan = a_plan()
+    other = plan.model_copy(update={"reading": plan.reading.model_copy(update={"temperature_after": 3.0})})
+    (root / "PLAN").unlink()
+    digest = store.put_plan(other)
+    if manifest:
+        store.put_manifest(store.manifest(str(current)).model_copy(update={"plan": digest}), parent=current)
+    else:
+        (root / "CURRENT").unlink()
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_plan_that_was_put_under_other_commits_is_noticed_and_nothing_is_dropped(small: Path, manifest: bool) -> None:
+    falsify_plan(small, manifest)
+    store = Store(LocalStorage(small))
+    files = sorted(path.name for path in small.rglob("*") if path.is_file())
+    assert "another plan" in str(verify(store).damaged[0])
+    with pytest.raises(Corrupt, match="another plan"):
+        garbage(store, Leases(lease_storage(store.storage)))
+    with pytest.raises(Corrupt, match="another plan"):
+        repair(store, lambda: verify(store))
+    with pytest.raises(Corrupt, match="another plan"):
+        copy(store, Store(LocalStorage(small.parent / "copy")))
+    with pytest.raises(Corrupt, match="another plan"):
+        cache = ed.open_cache(small, allow_partial=True)
+        cache.targets_at(np.arange(3), 0)
+    assert sorted(path.name for path in small.rglob("*") if path.is_file()) == files
+
+
+def test_a_commit_that_is_not_the_sealed_one_is_not_copied(small: Path) -> None:
+    store = Store(LocalStorage(small))
+    unit = a_plan().unit_name(0)
+    store.storage.replace(
+        f"commits/{unit}.json", records.seal(store.commit(unit).model_copy(update={"provenance": {"by": "x"}}))
+    )
+    with pytest.raises(Corrupt, match="not the commit that was sealed"):
+        copy(store, Store(LocalStorage(small.parent / "copy")))
+    (small / f"commits/{unit}.json").unlink()
+    with pytest.raises(Corrupt, match="missing"):
+        copy(store, Store(LocalStorage(small.parent / "other")))
+
+
+def test_nothing_is_garbage_where_current_was_lost(small: Path) -> None:
+    store = Store(LocalStorage(small))
+    (small / "CURRENT").unlink()
+    with pytest.raises(Mismatch, match="CURRENT is gone"):
+        garbage(store, Leases(lease_storage(store.storage)))
+    (small / "CURRENT").mkdir()
+    with pytest.raises(Unsafe, match="CURRENT is no plain file"):
+        store.current()
+
+
+def test_content_that_is_not_what_a_commit_says_is_found_by_a_deep_look(small: Path) -> None:
+    store, plan = Store(LocalStorage(small)), a_plan()
+    (small / "CURRENT").unlink()
+    unit = plan.unit_name(0)
+    lie = store.commit(unit).model_copy(update={"content": "zz"})
+    store.storage.replace(f"commits/{unit}.json", records.seal(lie))
+    assert verify(store).ok
+    found = verify(store, deep=lambda *args: None).damaged
+    assert len(found) == 1 and "its content is not what its commit says" in str(found[0])
+
+
+@pytest.mark.parametrize(
+    "lie", [{"provenance": {}}, {"statistics": {"train": {"rows": 1}}}, {"provenance": {"time": [1]}}]
+)
+def test_a_manifest_that_no_capture_writes_is_shown_as_that(cached: Cli, lie: dict[str, object]) -> None:
+    store = Store(LocalStorage(cached.folder / "cache"))
+    current = store.current()
+    store.put_manifest(store.manifest(str(current)).model_copy(update=lie), parent=current)
+    refused(cached("inspect", "cache", code=4), "what no capture writes")

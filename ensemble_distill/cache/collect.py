@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ensemble_distill.cache.commits import held_plan
+from ensemble_distill.cache.commits import check_plan, held_plan
 from ensemble_distill.cache.plan import Plan
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.store.leases import Leases
@@ -61,10 +61,18 @@ def remove(store: Store, found: list[Garbage]) -> None:
 
 def _reachable(store: Store, plan: Plan) -> Iterator[str]:
     """Every name that a reader, a resumed capture or a repair may ask for. Any damage on the way raises Corrupt."""
-    yield f"plans/{store.plan_digest()}.json"
+    digest = str(store.plan_digest())
+    yield f"plans/{digest}.json"
     for unit in store.committed():
-        yield f"objects/{store.commit(unit).object}"
+        commit = store.commit(unit)
+        check_plan(commit, digest, store.root)
+        yield f"objects/{commit.object}"
     current = store.current()
+    if current is None and next(store.storage.list("manifests"), None) is not None:
+        raise Mismatch(
+            f"{store.root} was sealed, and CURRENT is gone: what its manifests need looks like garbage",
+            hint="seal or repair it first",
+        )
     if current is not None:
         manifest = store.manifest(current)
         yield f"manifests/{current}.json"

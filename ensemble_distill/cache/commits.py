@@ -71,6 +71,7 @@ class Commits:
         commits = self._page(n)
         item, group = divmod(number, len(self._plan.groups))
         if i < len(commits):
+            check_plan(commits[i], self._manifest.plan, self._store.root)
             check_layout(commits[i], self._plan.groups[group], self._plan.item(item), self._store.root)
             return commits[i]
         raise Corrupt(f"{self._store.root}: page {n} of its manifest holds {len(commits)} commits", hint=MEND)
@@ -83,6 +84,12 @@ class Commits:
                     self._pages.popitem(last=False)
             self._pages.move_to_end(n)
             return self._pages[n]
+
+
+def check_plan(commit: Commit, digest: str, where: str) -> None:
+    """A commit of the plan with this digest; Corrupt if it was captured under another, which meant other things."""
+    if commit.plan != digest:
+        raise Corrupt(f"{where}: unit {commit.unit[:200]} was captured under another plan than the one in force")
 
 
 def check_layout(commit: Commit, group: Group, item: WorkItem, where: str) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ensemble_distill.cache.commits import check_layout, committed_units, held_plan
+from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, held_plan
 from ensemble_distill.cache.plan import Plan
-from ensemble_distill.errors import Interrupted, Mismatch
+from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS
@@ -44,28 +44,35 @@ def copy(
             f"{target.root} holds another cache than {source.root}: their plans differ",
             hint="copy into an empty or a new directory",
         )
-    here, there = committed_units(source, plan), committed_units(target, plan)
+    current = source.current()
+    sealed = Commits(source, plan, source.manifest(current)) if current is not None else None
+    if current is not None and source.manifest(current).plan != digest:
+        raise Corrupt(f"{source.root}: its manifest is of another plan than PLAN")
+    here = committed_units(source, plan) | (sealed is not None)  # of a sealed cache all units have to be there
+    there = committed_units(target, plan)
     wanted = [int(n) for n in (here & ~there).nonzero()[0] if span is None or int(n) in span]
     copied = Copied(units=int(there.sum()), units_total=plan.units)
     report(copied)
-    for size in prefetch((partial(_unit, source, target, plan, number) for number in wanted), workers):
+    for size in prefetch((partial(_unit, source, target, plan, sealed, number) for number in wanted), workers):
         copied.units += 1
         copied.bytes += size
         report(copied)
         if stop() is not None:
             raise Interrupted(f"{copied.units}/{copied.units_total} units copied", hint="run the same command to go on")
-    current = source.current()
     if current is not None and committed_units(target, plan).all():
         _seal(source, target, plan, current)
         copied.sealed = current
     return copied
 
 
-def _unit(source: Store, target: Store, plan: Plan, number: int) -> int:
+def _unit(source: Store, target: Store, plan: Plan, sealed: Commits | None, number: int) -> int:
     """Key page, shard, commit: in this order, as when they were captured."""
     item, group = plan.locate(plan.unit_name(number))
     unit = item.unit(group)
     commit = source.commit(unit)
+    check_plan(commit, str(source.plan_digest()), source.root)
+    if sealed is not None and sealed.at(number) != commit:
+        raise Corrupt(f"{source.root}/commits/{unit}.json: not the commit that was sealed")
     check_layout(commit, group, item, source.root)
     target.put_keys(item.split, item.page, source.keys(item.split, item.page, commit.keys, item.rows))
     target.put_copy(unit, commit, source.object(commit))

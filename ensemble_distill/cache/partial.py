@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble_distill.cache.commits import check_layout
+from ensemble_distill.cache.commits import check_layout, check_plan
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
-from ensemble_distill.errors import Corrupt
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 
@@ -59,8 +58,7 @@ class LooseCommits:
     def get(self, item: WorkItem, group: Group) -> Commit:
         """The commit of a unit; Corrupt or Unsafe if it does not say what the plan does."""
         commit = self._store.commit(item.unit(group))
-        if commit.plan != self._digest:
-            raise Corrupt(f"{self._store.root}: unit {commit.unit} was captured under another plan")
+        check_plan(commit, self._digest, self._store.root)
         check_layout(commit, group, item, self._store.root)
         return commit
 

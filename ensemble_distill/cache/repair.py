@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ensemble_distill.cache.commits import committed_units, held_plan
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Verdict
-from ensemble_distill.errors import Corrupt, Error
+from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS, Commit
 from ensemble_distill.store.store import Store, page_of
@@ -46,14 +46,16 @@ def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
     """Act on one list of what is wrong; whether there may be more, and this round was of use."""
     plan = held_plan(store)
     before = mended.files
+    if lost := [str(damage) for damage in verdict.damaged if damage.kind == "plan"]:
+        raise Corrupt(f"{lost[0]}: this cannot be mended", hint="restore PLAN and plans/ from a copy of the cache")
     if not verdict.ok:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
         commits = _sealed_commits(store, verdict, plan)
-        lost = {d.unit for d in verdict.damaged if d.unit and d.kind in ("shard", "commit", "keys")}
+        dropped = {d.unit for d in verdict.damaged if d.unit and d.kind in ("shard", "commit", "keys")}
         for damage in verdict.damaged:
             name = f"commits/{damage.unit}.json"
-            if damage.kind == "commit copy" and damage.unit not in lost:
+            if damage.kind == "commit copy" and damage.unit not in dropped:
                 store.storage.replace(name, records.seal(commits[str(damage.unit)]))
                 mended.restored.append(name)
             elif damage.kind == "stray":
@@ -64,7 +66,7 @@ def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
                 split, page = page_of(str(damage.unit))
                 store.storage.remove(f"keys/{split}-{page:08d}")
                 mended.removed.append(f"keys/{split}-{page:08d}")
-        for unit in sorted(lost):
+        for unit in sorted(dropped):
             _drop(store, unit, commits.get(unit))
             mended.dropped.append(unit)
     return verdict.more and mended.files > before
@@ -77,7 +79,7 @@ def _drop(store: Store, unit: str, sealed: Commit | None) -> None:
         names.add(store.commit(unit).object)
     store.storage.remove(f"commits/{unit}.json")
     for name in names:
-        with contextlib.suppress(Corrupt):
+        with contextlib.suppress(Corrupt, Unsafe):
             blocks = records.block_hashes(store.storage.read(f"objects/{name}", MAX_SHARD))
             if records.root_hash(blocks) != name.partition(".")[0]:
                 store.storage.remove(f"objects/{name}")

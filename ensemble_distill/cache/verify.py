@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ensemble_distill.cache.commits import check_layout, held_plan
+import numpy as np
+
+from ensemble_distill.cache.commits import check_layout, check_plan, held_plan
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Error, Unsafe
+from ensemble_distill.formats.layout import read_segments
 from ensemble_distill.prefetch import prefetch
+from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS, Commit
 from ensemble_distill.store.store import Store
 
@@ -96,10 +100,16 @@ def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck |
         verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
     keys: dict[tuple[str, int], str] = {}
+    digest = str(store.plan_digest())
     for number, commit, problem in _commits(store, verdict, plan):
         if commit is None:
             yield partial(lambda problem: (0, problem), problem)
             continue
+        try:
+            check_plan(commit, digest, store.root)
+        except Error as error:
+            verdict.damaged.append(Damage(str(error), "plan"))
+            return  # under another plan nothing else means what it says
         item, group = plan.item(number // len(plan.groups)), plan.groups[number % len(plan.groups)]
         unit = item.unit(group)
         page = (item.split, item.page)
@@ -178,5 +188,8 @@ def _object(store: Store, commit: Commit, group: Group, item: WorkItem, deep: De
     check_layout(commit, group, item, store.root)
     data = store.object(commit)
     if deep is not None:
+        rows = read_segments(np.frombuffer(data, np.uint8), commit.rows, group.dtype, commit.segments)
+        if records.content_hash(rows) != commit.content:
+            raise Corrupt(f"{store.root}: unit {commit.unit}: its content is not what its commit says")
         deep(data, commit, group, f"{store.root}/objects/{commit.object} (unit {commit.unit})")
     return len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -24,10 +25,8 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
       ensemble-distill inspect caches/fmnist
     """
     from ensemble_distill.cache.cache import open_cache
-    from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.show import show_statistics
-    from ensemble_distill.config import named
+    from ensemble_distill.errors import Corrupt
 
     held = open_cache(cache, expect_digest=expect_digest)
     plan, manifest = held.plan, held.manifest()
@@ -42,6 +41,21 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
         click.echo(json.dumps(report, indent=1))
         return
     console = ui.Console(quiet)
+    try:
+        _show(console, held, plan, manifest)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(
+            f"{held.root}: its plan or manifest says what no capture writes ({type(error).__name__}: {error})",
+            hint="this is no cache of ours: do not use it",
+        ) from error
+
+
+def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
+    from ensemble_distill.cache.plan import field_name
+    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.show import show_statistics
+    from ensemble_distill.config import named
+
     reading, capture = plan.reading, plan.capture
     console.say(f"{held.root}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")
     console.say(f"content digest   {held.content_digest}")

@@ -36,10 +36,10 @@ class _Bucketed(torch.autograd.Function):
         total, others = (torch.zeros_like(top[:, 0], dtype=torch.float64) for _ in range(2))
         for first in range(0, logits.shape[1], CHUNK):
             e = _exp(logits, first, top, temperature)
-            total += e.sum(dim=1, dtype=torch.float64)
+            total += e.sum(dim=1)
             if rest:
                 _zero(e, ids - first)
-                others += e.sum(dim=1, dtype=torch.float64)
+                others += e.sum(dim=1)
         log_total = total.log().float() + top[:, 0]
         log_others = others.log().float() + top[:, 0] if rest else torch.zeros_like(log_total)
         if rest and bool((few := others < 1e-30).any()):
@@ -59,18 +59,16 @@ class _Bucketed(torch.autograd.Function):
         grad = torch.empty_like(logits)
         # exp(z − others) is q · exp(total − others), unless that is beyond float32: then it is computed as it stands.
         apart = log_total - log_others
-        ratio = None if bool((apart > 80).any()) else apart.exp()[:, None]
+        usual = not ctx.rest or not bool((apart > 80).any())
+        scale = others[:, None] * apart.exp()[:, None] - both if ctx.rest and usual else -both
         for first in range(0, logits.shape[1], CHUNK):
-            part = grad[:, first : first + CHUNK]
-            q = _exp(logits, first, log_total[:, None], ctx.temperature)
-            if ctx.rest:
-                if ratio is None:
-                    share = _zero(_exp(logits, first, log_others[:, None], ctx.temperature), ids - first)
-                else:
-                    share = _zero(q.clone(), ids - first).mul_(ratio)
-                part.copy_((share * others[:, None] - q * both) / ctx.temperature)
-            else:
-                part.copy_(q.mul_(-both / ctx.temperature))
+            part = _exp(logits, first, log_total[:, None], ctx.temperature).mul_(scale / ctx.temperature)
+            if not usual:
+                share = _exp(logits, first, log_others[:, None], ctx.temperature)
+                part += share.mul_(others[:, None] / ctx.temperature)
+            grad[:, first : first + CHUNK] = part
+        q = (logits.gather(1, ids).float() / ctx.temperature - log_total[:, None]).exp()
+        grad.scatter_(1, ids, (-both * q / ctx.temperature).to(grad.dtype))  # the kept are none of the others
         grad.scatter_add_(1, ids, (kept / ctx.temperature).to(grad.dtype))
         return grad, None, None, None
 

@@ -17,6 +17,7 @@ what is not there; whatever has no commit may be dropped and made again.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,6 +235,8 @@ class Store:
 
     def _pointer(self, name: str) -> str | None:
         if self.storage.size(name) is None:
+            with contextlib.suppress(Corrupt):  # it is not there; what is no plain file is unsafe, and not the same
+                self.storage.read(name, 4096)
             return None
         text = self.storage.read(name, 4096).decode("latin-1")
         if not text.endswith("\n") or not _HEX.fullmatch(text[:-1]):
