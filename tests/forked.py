@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+WIDTH = 16
 SERVED = "ENSEMBLE_DISTILL_TEST_SOCKET"
 
 
@@ -80,7 +81,7 @@ class Server:
         socket.send_fds(self._socket, [len(request).to_bytes(4, "little")], handles)
         self._socket.sendall(request)
         os.close(theirs)
-        pid = int(os.read(status, 64))
+        pid = int(os.read(status, WIDTH))
         return Forked(args, pid, status, files)
 
     def close(self) -> None:
@@ -114,7 +115,8 @@ def keep(asked: dict[str, Any], handles: list[int]) -> None:
     ready, go = os.pipe()
     pid = os.fork()
     if pid:
-        os.write(status, str(pid).encode())
+        # Of fixed width: a command may have ended, and its exit code been written, before the number is read.
+        os.write(status, f"{pid:{WIDTH}}".encode())
         os.close(go)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.write(status, str(code).encode())
