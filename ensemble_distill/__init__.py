@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Crop,
         Custom,
         DataConfig,
+        EnsembleConfig,
         Erase,
         FeatureMatch,
         Flip,
@@ -39,9 +40,9 @@ _HOMES = {
     "cache.cache": ("Batch", "Cache", "open_cache"),
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
-        "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Erase", "FeatureMatch", "Flip", "HardLabels",
-        "Member", "OptimizerConfig", "ResizedCrop", "Rotate", "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig",
-        "ViewsConfig",
+        "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "EnsembleConfig", "Erase", "FeatureMatch", "Flip",
+        "HardLabels", "Member", "OptimizerConfig", "ResizedCrop", "Rotate", "ScheduleConfig", "SoftTargets", "Tap",
+        "TrainConfig", "ViewsConfig",
     ),
     "sources.arrays": ("ArraySource",),
     "sources.idx": ("read_idx",),
@@ -50,10 +51,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Dense", "Erase",
-    "FeatureMatch", "Flip", "HardLabels", "Member", "Members", "OptimizerConfig", "ResizedCrop", "Rotate", "Sampled",
-    "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache",
-    "read_idx",
+    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Dense",
+    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "Member", "Members", "OptimizerConfig",
+    "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TrainConfig",
+    "VarOpt", "ViewsConfig", "open_cache", "read_idx",
 ]  # fmt: skip
 
 

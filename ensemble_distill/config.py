@@ -262,11 +262,42 @@ class ScheduleConfig(Config):
     warmup: float = Field(0.05, ge=0, lt=1)
 
 
+def _shares(weights: dict[str, float] | None) -> dict[str, float] | None:
+    if weights is not None and abs(sum(weights.values()) - 1) > 1e-6:
+        raise ValueError(f"the shares sum to {sum(weights.values()):g}, expected 1")
+    return weights
+
+
+_Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class EnsembleConfig(Config):
+    """Another ensemble than the captured one, from a cache that keeps its members (codec ``members``).
+
+    ``weights``: shares by member, which sum to one; members left out do not teach. ``temperatures``: by member, applied
+    before averaging in place of those of the capture; ``temperature``: after it. What is None stays as captured.
+    """
+
+    weights: Annotated[
+        dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None, AfterValidator(_shares)
+    ] = None
+    combine: Literal["mean_probs", "mean_logits"] | None = None
+    temperatures: dict[Name, _Temperature] | None = None
+    temperature: _Temperature | None = None
+
+
 class TrainConfig(Config):
-    """A student, what it is taught, and for how long."""
+    """A student, what it is taught, and for how long.
+
+    ``weight``: a function of a batch's ``Targets`` that gives a weight ≥ 0 for each row, float [B]; zero leaves a row
+    out. ``views``: how many of the cached views to walk, one an epoch (None: all).
+    """
 
     student: Callable[[], Any]
     objective: dict[Name, Term] = Field(min_length=1)
+    ensemble: EnsembleConfig = EnsembleConfig()
+    weight: Callable[[Any], Any] | None = None
+    views: int | None = Field(None, ge=1)
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()

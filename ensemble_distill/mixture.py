@@ -14,11 +14,21 @@ Rule = Literal["mean_probs", "mean_logits"]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which members, with which shares (any positive sum), how combined; temperature: applied after averaging."""
+    """Which members, with which shares (any positive sum), and how they are combined.
+
+    ``temperature`` is applied after averaging, ``tempered`` (by member, one where it is not named) before: both to the
+    log-probabilities as they were captured.
+    """
 
     shares: tuple[tuple[str, float], ...]
     combine: Rule
     temperature: float = 1.0
+    tempered: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a plain weighted mean of probabilities, which needs no more of them than those asked for."""
+        return self.combine == "mean_probs" and self.temperature == 1 and not self.tempered
 
 
 def combine(logits_MBC: Sequence[Tensor], shares: Sequence[float], rule: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,10 @@ from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
 from ensemble_distill.cache.plan import MAIN, ROW, TARGETS, Group, Plan, field_name
 from ensemble_distill.cache.rows import Rows
-from ensemble_distill.codec import HeadCodec
+from ensemble_distill.codec import HeadCodec, Members, TopK
 from ensemble_distill.codecs.features import decode as decode_feature
-from ensemble_distill.codecs.heads import decode, with_figures
-from ensemble_distill.config import DataConfig, ViewsConfig, difference, suggestion
+from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
+from ensemble_distill.config import DataConfig, EnsembleConfig, ViewsConfig, difference, suggestion
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.mixture import Mixture
@@ -74,11 +75,51 @@ class Cache:
         self.root, self.digest, self.content_digest = store.root, digest, content_digest
         self.plan, self.commits, self.parts = plan, commits, parts
         members, reading = plan.capture.members, plan.reading
-        self.mixture = Mixture(tuple((m.name, m.share) for m in members), reading.combine, reading.temperature_after)
+        self.captured = Mixture(tuple((m.name, m.share) for m in members), reading.combine, reading.temperature_after)
+        self.mixture = self.captured
         self._store, self._memory = store, memory
         self._views = plan.reading.views
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
+
+    def mixed(self, ensemble: EnsembleConfig) -> Cache:
+        """The same cache, whose members are combined as ``ensemble`` says; nothing is read for it.
+
+        Raises UsageError for a member that there is not, and where the codec did not keep what it takes.
+        """
+        if ensemble == EnsembleConfig():
+            return self
+        chosen = copy(self)
+        chosen.mixture = self._chosen(ensemble)
+        return chosen
+
+    def _chosen(self, ensemble: EnsembleConfig) -> Mixture:
+        reading, held = self.plan.reading, dict(self.captured.shares)
+        before = dict(zip(held, reading.temperature_before, strict=True))
+        for name in [*(ensemble.weights or ()), *(ensemble.temperatures or ())]:
+            if name not in held:
+                raise UsageError(f"ensemble: {self.root} has no member {name!r}{suggestion(name, held)}")
+        weights = held if ensemble.weights is None else {n: w for n, w in ensemble.weights.items() if w > 0}
+        tempered = {name: t / before[name] for name, t in (ensemble.temperatures or {}).items()}
+        mixture = Mixture(
+            tuple((name, weights[name]) for name in held if name in weights),
+            ensemble.combine or reading.combine,
+            ensemble.temperature or reading.temperature_after,
+            tuple((name, t) for name, t in tempered.items() if t != 1),
+        )
+        codec = self.plan.group(TARGETS).codecs[MAIN]
+        if not isinstance(codec, Members):
+            raise UsageError(
+                f"ensemble: {self.root} keeps the members' mixture only (codec {codec.name})",
+                hint="capture with codec=Members(), and shares and rule can be chosen for each student",
+            )
+        if isinstance(codec.inner, TopK) and not mixture.linear:
+            raise UsageError(
+                f"ensemble: {self.root} keeps {codec.inner.k} classes of each member, which is enough for mean_probs "
+                "at temperature 1 only",
+                hint="choose weights alone, or capture with codec=Members(inner=Dense())",
+            )
+        return mixture
 
     def manifest(self) -> Manifest:
         """What was sealed: digests, rows, bytes, statistics."""
@@ -149,9 +190,12 @@ class Cache:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
         main = self.plan.group(TARGETS)
         arrays = self._arrays(main, split, view, rows)
-        targets = decode(cast(HeadCodec, main.codecs[MAIN]), arrays[MAIN], self.mixture)
+        codec = cast(HeadCodec, main.codecs[MAIN])
+        targets = decode(codec, arrays[MAIN], self.mixture)
         features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
         targets = replace(targets, features=features)
+        if self.mixture != self.captured:
+            return with_figures_of(targets, codec, arrays[MAIN], self.mixture)
         return with_figures(targets, arrays[ROW]) if ROW in arrays else targets
 
     def tap_group(self, tap: str) -> Group:
@@ -174,16 +218,18 @@ class Cache:
         seed: int = 0,
         shuffle: bool = True,
         start: int = 0,
+        views: int | None = None,
         taps: Sequence[str] = (),
         workers: int = 1,
     ) -> Iterator[Batch]:
-        """Batches of one epoch, in an order that depends on (seed, epoch) alone, in view ``epoch mod N``.
+        """Batches of one epoch, in an order that depends on (seed, epoch) alone, in view ``epoch mod views``.
 
         Each sample is hashed as it is read, and no batch is handed out before its keys have been found in
-        the cache. ``start`` skips batches (to resume). ``workers`` threads read, hash and render ahead.
+        the cache. ``start`` skips batches (to resume). ``views``: walk the first ones only (default: all).
+        ``workers`` threads read, hash and render ahead.
         """
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
-        view = epoch % self.parts[split].views
+        view = epoch % min(views or self.parts[split].views, self.parts[split].views)
         order = self.positions(source, split)
         if shuffle:
             order = order[permutation(len(order), seed, epoch)]

@@ -46,7 +46,7 @@ def command(
     from ensemble_distill.config import suggestion
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
-    from ensemble_distill.evaluation.evaluate import check_same_cache, evaluate, load_student, run_cache
+    from ensemble_distill.evaluation.evaluate import check_same_cache, evaluate, load_student, run_cache, run_ensemble
 
     console = ui.Console(quiet)
     loaded = Pipeline(pipeline)
@@ -65,6 +65,7 @@ def command(
         cache.check_labels(splits[split], split)
         if cache_path is None:
             check_same_cache(run_path, cache)
+        cache = cache.mixed(run_ensemble(run_path))
     result = evaluate(model, splits[split], cache, split, on, batch_size=batch_size or 512, workers=workers)
     if as_json:
         click.echo(json.dumps(result, indent=1))

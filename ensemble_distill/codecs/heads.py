@@ -59,16 +59,13 @@ def decode(codec: HeadCodec, arrays: Mapping[str, Tensor], mixture: Mixture | No
 
 def encode_figures(said: Said) -> dict[str, Tensor]:
     """The arrays of ``RowFigures``, float16 [B]."""
-    mixed = combine(said.members, said.shares, "mean_probs")
-    shares = [share / sum(said.shares) for share in said.shares]
-    inner = sum(w * entropy(m) for w, m in zip(shares, said.members, strict=True))
     label = said.logprobs.new_full((len(said.logprobs),), math.nan)
     if said.labels is not None:
         index = said.labels.to(said.logprobs.device)[:, None]
         label = said.logprobs.gather(1, index)[:, 0].clamp(min=LOWEST)
     figures = {
         "entropy": entropy(said.logprobs),
-        "mutual_information": (entropy(mixed) - inner).clamp(min=0),
+        "mutual_information": _mutual_information(said.members, said.shares),
         "label_logprob": label,
     }
     return {name: value.half() for name, value in figures.items()}
@@ -84,9 +81,29 @@ def with_figures(targets: Targets, arrays: Mapping[str, Tensor]) -> Targets:
     )
 
 
+def with_figures_of(targets: Targets, codec: HeadCodec, arrays: Mapping[str, Tensor], mixture: Mixture) -> Targets:
+    """The targets with the figures of another mixture than the captured one, where the members' classes are all kept.
+
+    What a label is worth to it cannot be known without the labels.
+    """
+    if not (isinstance(codec, Members) and isinstance(codec.inner, Dense)):
+        return targets
+    members = _members_logprobs(codec, arrays, mixture)
+    spread = _mutual_information(members, [share for _, share in mixture.shares])
+    return replace(targets, entropy=entropy(targets.logprobs), mutual_information=spread)
+
+
 def entropy(logprobs_BC: Tensor) -> Tensor:
     """−Σ p log p in nats, [B]; classes of probability zero add nothing."""
     return -(logprobs_BC.exp() * logprobs_BC.masked_fill(logprobs_BC.isneginf(), 0.0)).sum(dim=1)
+
+
+def _mutual_information(members_MBC: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """H(Σ w p) − Σ w H(p), [B], nats."""
+    total = sum(shares)
+    inner = sum(w / total * entropy(m) for w, m in zip(shares, members_MBC, strict=True))
+    mixed: Tensor = entropy(combine(members_MBC, shares, "mean_probs")) - inner
+    return mixed.clamp(min=0)
 
 
 # Each codec -----------------------------------------------------------------------------------------
@@ -178,15 +195,15 @@ def _encode_members(codec: Members, said: Said) -> dict[str, Tensor]:
 
 
 def _decode_members(codec: Members, arrays: Mapping[str, Tensor], mixture: Mixture) -> Targets:
-    chosen = [(codec.members.index(name), share) for name, share in mixture.shares]
-    parts = [_part(arrays, codec.members[i]) for i, _ in chosen]
-    shares = [share for _, share in chosen]
+    shares = [share for _, share in mixture.shares]
     inner = codec.inner
     if isinstance(inner, Dense):
-        logprobs = combine([_decode_dense(inner, part) for part in parts], shares, mixture.combine)
+        logprobs = combine(_members_logprobs(codec, arrays, mixture), shares, mixture.combine)
         if mixture.temperature != 1:
             logprobs = torch.log_softmax(logprobs / mixture.temperature, dim=1)
         return Targets(logprobs, classes=inner.classes)
+    assert mixture.linear, "a topk of members is mixed linearly only"
+    parts = [_part(arrays, name) for name, _ in mixture.shares]
     kept = [_decode_kept(inner, part) for part in parts]
     logprobs, residual = mix_kept([k[0] for k in kept], [k[1] for k in kept], shares)
     return Targets(
@@ -194,6 +211,17 @@ def _decode_members(codec: Members, arrays: Mapping[str, Tensor], mixture: Mixtu
         log_z=parts[0]["log_z"].float() if len(parts) == 1 else None, temperatures=inner.temperatures,
         classes=inner.classes,
     )  # fmt: skip
+
+
+def _members_logprobs(codec: Members, arrays: Mapping[str, Tensor], mixture: Mixture) -> list[Tensor]:
+    """Log-probabilities [B, C] of the mixture's members before they are averaged, where all classes were kept."""
+    assert isinstance(codec.inner, Dense)
+    tempered, found = dict(mixture.tempered), []
+    for name, _ in mixture.shares:
+        logprobs = _decode_dense(codec.inner, _part(arrays, name))
+        temperature = tempered.get(name, 1.0)
+        found.append(logprobs if temperature == 1 else torch.log_softmax(logprobs / temperature, dim=1))
+    return found
 
 
 def mix_kept(

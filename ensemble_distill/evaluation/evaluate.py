@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache, read
-from ensemble_distill.config import TrainConfig
+from ensemble_distill.config import EnsembleConfig, TrainConfig
 from ensemble_distill.device import place, upload
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
@@ -118,10 +118,15 @@ def check_same_cache(run: str | Path, cache: Cache) -> None:
         )
 
 
+def run_ensemble(run: str | Path) -> EnsembleConfig:
+    """The ensemble that a run was taught by, where it chose another than the captured one."""
+    return EnsembleConfig.model_validate(_config(run)["train"].get("ensemble", {}))
+
+
 def _config(run: str | Path) -> dict[str, Any]:
     try:
         value = json.loads((Path(run) / "config.json").read_bytes())
-        return {name: value[name] for name in ("cache", "cache_content")}
+        return {name: value[name] for name in ("cache", "cache_content", "train")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
 

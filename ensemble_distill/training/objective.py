@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.config import FeatureMatch, HardLabels, SoftTargets, Term
+from ensemble_distill.config import FeatureMatch, HardLabels, SoftTargets, Term, TrainConfig
 from ensemble_distill.device import Resolved
 from ensemble_distill.errors import UsageError
 from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, soft_targets
@@ -22,9 +22,10 @@ _DISTANCES = {"cosine": feature_cosine, "l2": feature_l2}
 class Objective(nn.Module):
     """Terms by name; owns the adapters that they learn, which train with the student and stay out of it."""
 
-    def __init__(self, terms: Mapping[str, Term], student: nn.Module, cache: Cache, has_labels: bool) -> None:
+    def __init__(self, config: TrainConfig, student: nn.Module, cache: Cache, has_labels: bool) -> None:
         super().__init__()
-        self.terms = {name: term for name, term in terms.items() if term.weight > 0}
+        self.terms = {name: term for name, term in config.objective.items() if term.weight > 0}
+        self.weight = config.weight
         if not self.terms:
             raise UsageError("the objective has no term of positive weight")
         matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureMatch)}
@@ -59,7 +60,10 @@ class Objective(nn.Module):
         with self._student_taps.watch() as features:
             logits = logits_of(student, batch.inputs, device, precision)
         targets = batch.targets.to(device)
-        parts = {name: self._term(name, term, logits, features, targets, batch) for name, term in self.terms.items()}
+        weights = None if self.weight is None else row_weights(self.weight(targets), targets)
+        parts = {
+            name: self._term(name, term, logits, features, targets, batch, weights) for name, term in self.terms.items()
+        }
         total = torch.stack([self.terms[name].weight * value for name, value in parts.items()]).sum()
         return total, {name: value.detach() for name, value in parts.items()}
 
@@ -71,13 +75,27 @@ class Objective(nn.Module):
         features: Mapping[str, Tensor],
         targets: Targets,
         batch: Batch,
+        weights: Tensor | None,
     ) -> Tensor:
         if isinstance(term, SoftTargets):
-            return soft_targets(logits, targets, term.temperature)
+            return soft_targets(logits, targets, term.temperature, weights)
         if isinstance(term, HardLabels):
             assert batch.labels is not None
-            return hard_labels(logits, batch.labels.to(logits.device), term.label_smoothing)
+            return hard_labels(logits, batch.labels.to(logits.device), term.label_smoothing, weights)
         feature = features[term.module]
         if name in self.adapters:
             feature = self.adapters[name](feature)
-        return _DISTANCES[term.distance](feature, targets.features[term.tap])
+        return _DISTANCES[term.distance](feature, targets.features[term.tap], weights)
+
+
+def row_weights(weights: object, targets: Targets) -> Tensor:
+    """What a pipeline's ``weight`` gave for a batch, as float32 [B]; UsageError unless these are weights."""
+    if not isinstance(weights, Tensor) or weights.shape != (len(targets),):
+        found = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise UsageError(f"weight() gave {found}, expected a tensor [{len(targets)}], one for each row")
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise UsageError(
+            f"weight() gave {float(weights[~(weights.isfinite() & (weights >= 0))][0])} for a row, expected 0 or more",
+            hint="clamp it, and mind that a row without a label has label_logprob NaN",
+        )
+    return weights.detach().float()

@@ -100,6 +100,12 @@ class Run:
                 log.warning("%s holds no split %r: it is left out of the scores", cache.root, split)
         if "train" not in sources:
             raise UsageError("data() has no source named 'train'")
+        cache = cache.mixed(config.ensemble)
+        if config.views is not None and "train" in cache.parts and config.views > cache.parts["train"].views:
+            raise UsageError(
+                f"views={config.views}, but {cache.root} holds {cache.parts['train'].views} view(s) of train",
+                hint="ask for no more, or append views to the cache",
+            )
         self.data, self.config, self.sources, self.cache = data, config, sources, cache
         self.rows = len(cache.positions(sources["train"], "train"))
         if cache.partial:
@@ -202,6 +208,7 @@ class Run:
             seed=self.config.seed,
             shuffle=training,
             start=start,
+            views=self.config.views if training else None,
             taps=self.objective.taps if training else (),
             workers=self.workers,
         )
@@ -260,7 +267,7 @@ class Run:
 
     def _build(self) -> None:
         has_labels = self.sources["train"].labels is not None
-        self.objective = Objective(self.config.objective, self.student, self.cache, has_labels)
+        self.objective = Objective(self.config, self.student, self.cache, has_labels)
         first = next(iter(self._batches("train")))  # also proves the first batch's keys before step 1
         self.objective.build_adapters(self.student, first, self.device)
         self.precision: Resolved = self._resolve_precision(first)
