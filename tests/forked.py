@@ -145,7 +145,7 @@ def main() -> None:
     from ensemble_distill.cli.main import main as command
 
     for name in COMMANDS:
-        importlib.import_module(f"ensemble_distill.cli.{name}")
+        importlib.import_module(f"ensemble_distill.cli.{name.replace('-', '_')}")
     sys.path[:] = [place for place in sys.path if place != str(Path(__file__).parent)]
     gc.freeze()  # the collector would copy every page that is shared with the processes forked from here
     sys.argv = ["ensemble-distill", *serve(connection)]

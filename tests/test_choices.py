@@ -195,3 +195,36 @@ def test_a_weight_of_zero_leaves_rows_out(captured: Path) -> None:
 def test_weights_that_are_none_are_refused_before_the_first_step(cli: Cli, weight: str, message: str) -> None:
     assert message in weighted(cli, weight, code=2)
     assert not (cli.folder / "w" / "checkpoint.json").exists()
+
+
+def test_shares_are_fitted_to_held_out_labels(cli: Cli, cache: Cache) -> None:
+    printed = cli("fit-weights", "digits.py", "--cache", "members").stdout
+    report = json.loads(cli("fit-weights", "digits.py", "--cache", "members", "--json").stdout)
+    nll = report["nll"]
+    assert nll["fitted"] <= min(nll["captured"], nll["equal"], *(m["nll"] for m in report["members"].values())) + 1e-6
+    assert nll["elsewhere"] >= nll["fitted"] - 1e-6
+    assert sum(report["ensemble"]["weights"].values()) == pytest.approx(1, abs=1e-9)
+    assert report["settings"][0] in printed
+    settings = [part for setting in report["settings"] for part in ("--set", setting)]
+    cli("train", "digits.py", "--cache", "members", "--out", "fitted", "--set", "epochs=1", *settings)
+
+
+def test_temperatures_are_fitted_with_them(cli: Cli) -> None:
+    fit = ["fit-weights", "digits.py", "--cache", "members", "--json"]
+    plain = json.loads(cli(*fit).stdout)["nll"]
+    report = json.loads(cli(*fit, "--temperatures").stdout)
+    assert report["nll"]["fitted"] < plain["fitted"]
+    settings = [part for setting in report["settings"] for part in ("--set", setting)]
+    cli("train", "digits.py", "--cache", "members", "--out", "tempered", "--set", "epochs=1", *settings)
+    assert "temperature after averaging" in cli(*fit[:-1], "--temperatures").stdout
+    assert "keeps 4 classes" in cli("fit-weights", "digits.py", "--cache", "kept", "--temperatures", code=2).stderr
+
+
+def test_shares_can_be_fitted_to_kept_classes(cli: Cli) -> None:
+    report = json.loads(cli("fit-weights", "digits.py", "--cache", "kept", "--json").stdout)
+    assert report["nll"]["fitted"] <= report["nll"]["equal"] + 1e-6
+
+
+def test_fitting_without_members_or_labels_is_refused(cli: Cli) -> None:
+    assert "keeps the members' mixture only" in cli("fit-weights", "digits.py", "--cache", "cache", code=2).stderr
+    assert "no split 'x'" in cli("fit-weights", "digits.py", "--cache", "members", "--split", "x", code=2).stderr

@@ -107,7 +107,7 @@ class Cache:
             ensemble.temperature or reading.temperature_after,
             tuple((name, t) for name, t in tempered.items() if t != 1),
         )
-        codec = self.plan.group(TARGETS).codecs[MAIN]
+        codec = self.head
         if not isinstance(codec, Members):
             raise UsageError(
                 f"ensemble: {self.root} keeps the members' mixture only (codec {codec.name})",
@@ -157,6 +157,11 @@ class Cache:
         return held
 
     @property
+    def head(self) -> HeadCodec:
+        """How the predictions are kept."""
+        return cast(HeadCodec, self.plan.group(TARGETS).codecs[MAIN])
+
+    @property
     def taps(self) -> list[str]:
         """The features that this cache holds, as ``tap/<member>.<module>``."""
         return [tap for group in self.plan.groups if group.name != TARGETS for tap in group.codecs]
@@ -190,7 +195,7 @@ class Cache:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
         main = self.plan.group(TARGETS)
         arrays = self._arrays(main, split, view, rows)
-        codec = cast(HeadCodec, main.codecs[MAIN])
+        codec = self.head
         targets = decode(codec, arrays[MAIN], self.mixture)
         features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
         targets = replace(targets, features=features)

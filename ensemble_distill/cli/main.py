@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": "Run the teachers once and write what they said.",
     "train": "Train a student from a cache.",
     "evaluate": "Score a run's student.",
+    "fit-weights": "Find the shares of a cache's members that suit the labels best.",
     "inspect": "Show what a cache holds.",
     "verify": "Check every byte of a cache against its hash.",
     "repair": "Drop what is damaged and capture it again.",
@@ -36,7 +37,7 @@ class Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"ensemble_distill.cli.{name}")
+        module = importlib.import_module(f"ensemble_distill.cli.{name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
