@@ -183,12 +183,14 @@ class Tap(Config):
 class CacheConfig(Config):
     """Who teaches, how their predictions are combined, and what is kept.
 
-    ``temperature`` is applied after averaging; a member's own before it. The two orders differ.
+    ``temperature`` is applied after averaging; a member's own before it. The two orders differ. ``calibrate``: a split
+    on whose labels both are fitted, in a pass before the capture (Guo et al. 2017).
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
     combine: Literal["mean_probs", "mean_logits"] = "mean_probs"
     temperature: float = Field(1.0, gt=0)
+    calibrate: Name | None = None
     codec: HeadCodec = Field(Dense(), discriminator="name")
     taps: tuple[Tap, ...] = ()
     views: int = Field(1, ge=1, lt=2**24)
@@ -209,10 +211,19 @@ class CacheConfig(Config):
                 "a topk of members is mixed by mean_probs at temperature 1 only, "
                 "for anything else needs all classes: use Members(inner=Dense())"
             )
+        if self.calibrate is not None:
+            self._free_temperatures()
         for tap in self.taps:
             if tap.member not in names:
                 raise ValueError(f"tap {tap.field!r} names no member{suggestion(tap.member, names)}")
         return self
+
+    def _free_temperatures(self) -> None:
+        stated = [f"member {m.name!r}" for m in self.members if m.temperature != 1]
+        if stated or self.temperature != 1:
+            raise ValueError(f"calibrate fits the temperature of {(*stated, 'the ensemble')[0]}, which is stated too")
+        if isinstance(self.codec, Members) and isinstance(self.codec.inner, TopK):
+            raise ValueError("calibrate fits a temperature after averaging, which a topk of members cannot have")
 
 
 # Stage 2 --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
-from ensemble_distill.cache.plan import MAIN, ROW, TARGETS, Group, Plan, field_name
+from ensemble_distill.cache.plan import MAIN, ROW, TARGETS, Calibration, Group, Plan, field_name
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import HeadCodec, Members, TopK
 from ensemble_distill.codecs.features import decode as decode_feature
@@ -124,6 +124,11 @@ class Cache:
     def manifest(self) -> Manifest:
         """What was sealed: digests, rows, bytes, statistics."""
         return self._store.manifest(self.digest)
+
+    def calibration(self) -> Calibration | None:
+        """Where temperatures were fitted before the capture: on what, and what that was worth."""
+        digest = self.plan.capture.calibration
+        return None if digest is None else self._store.calibration(digest, Calibration)
 
     @property
     def partial(self) -> dict[str, dict[str, int]]:

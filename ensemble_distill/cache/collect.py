@@ -38,7 +38,7 @@ def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garb
     keep = set(_reachable(store, plan))
     names = [
         name
-        for folder in ("objects", "pages", "manifests", "plans", "leases")
+        for folder in ("objects", "pages", "manifests", "plans", "calibrations", "leases")
         for name in store.storage.list(folder)
         if name not in keep
     ]
@@ -63,6 +63,8 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
     """Every name that a reader, a resumed capture or a repair may ask for. Any damage on the way raises Corrupt."""
     digest = str(store.plan_digest())
     yield f"plans/{digest}.json"
+    if plan.capture.calibration is not None:
+        yield f"calibrations/{plan.capture.calibration}.json"
     for unit in store.committed():
         commit = store.commit(unit)
         check_plan(commit, digest, store.root)

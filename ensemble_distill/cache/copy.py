@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, held_plan
-from ensemble_distill.cache.plan import Plan
+from ensemble_distill.cache.plan import Calibration, Plan
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
@@ -39,6 +39,8 @@ def copy(
     (the units before it are there and stay), Interrupted when ``stop`` says so.
     """
     plan, digest = held_plan(source), source.plan_digest()
+    if plan.capture.calibration is not None:
+        target.put_calibration(source.calibration(plan.capture.calibration, Calibration))
     if target.put_plan(plan) != digest:
         raise Mismatch(
             f"{target.root} holds another cache than {source.root}: their plans differ",

@@ -30,6 +30,8 @@ MAX_ROW_BYTES = 1 << 28
 MAX_SHARD = 256 << 20
 MAX_UNITS = 1 << 28
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
 _UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.ASCII)
 
 
@@ -120,6 +122,36 @@ class Capture(Config):
     members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
     precision: Literal["fp32", "bf16"]
     batch_size: int
+    calibration: Digest | None = None
+
+
+class Calibrated(Config):
+    """What temperatures were fitted on: the first ``rows`` rows of a split, by the digests of their keys and labels."""
+
+    members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
+    combine: Literal["mean_probs", "mean_logits"]
+    split: Name
+    rows: int = Field(ge=1)
+    keys: Digest
+    labels: Digest
+
+
+class Worth(Config):
+    """NLL (nats) and ECE of a predictor on the rows that its temperature was fitted on, before and after."""
+
+    nll: tuple[float, float]
+    ece: tuple[float, float]
+
+
+class Calibration(Config):
+    """Temperatures fitted on held-out labels: of each member, and after averaging. Committed before the plan that
+    names it."""
+
+    schema_version: Literal[1] = 1
+    on: Calibrated
+    temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
+    temperature_after: float = Field(gt=0)
+    worth: dict[str, Worth]
 
 
 class WorkItem(NamedTuple):

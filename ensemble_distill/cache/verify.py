@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import check_layout, check_plan, held_plan
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.formats.layout import read_segments
 from ensemble_distill.prefetch import prefetch
@@ -99,6 +99,8 @@ def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck |
     except Error as error:
         verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
+    if plan.capture.calibration is not None:
+        yield partial(_check, "plan", None, partial(_calibration, store, plan.capture.calibration))
     keys: dict[tuple[str, int], str] = {}
     digest = str(store.plan_digest())
     for number, commit, problem in _commits(store, verdict, plan):
@@ -172,6 +174,10 @@ def _own_commits(
             yield number, store.commit(unit), None
         except Error as error:
             yield number, None, Damage(str(error), "commit", unit, isinstance(error, Unsafe))
+
+
+def _calibration(store: Store, digest: str) -> int:
+    return len(records.dump(store.calibration(digest, Calibration)))
 
 
 def _keys(store: Store, item: WorkItem, digest: str) -> int:

@@ -31,11 +31,13 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
     held = open_cache(cache, expect_digest=expect_digest)
     plan, manifest = held.plan, held.manifest()
     if as_json:
+        calibration = held.calibration()
         report = {
             "path": str(held.root),
             "manifest_digest": held.digest,
             "content_digest": held.content_digest,
             "plan": plan.model_dump(mode="json"),
+            "calibration": calibration and calibration.model_dump(mode="json"),
             **manifest.model_dump(mode="json", include={"units", "rows", "bytes", "statistics", "provenance"}),
         }
         click.echo(json.dumps(report, indent=1))
@@ -53,7 +55,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.show import show_statistics
+    from ensemble_distill.cli.show import show_calibration, show_statistics
     from ensemble_distill.config import named
 
     reading, capture = plan.reading, plan.capture
@@ -84,6 +86,7 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
         for name, (dtype, shape) in codec.arrays().items()
     ]
     console.table(ui.table(f"fields: {plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields))
+    show_calibration(console, held.calibration())
     show_statistics(console, manifest.statistics)
     made = manifest.provenance
     console.say(

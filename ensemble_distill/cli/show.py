@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.cli.console import Console, table
 
 
@@ -21,6 +22,23 @@ def show_statistics(console: Console, statistics: Mapping[str, Any]) -> None:
             console.table(table(title, ["", "accuracy", "NLL", "ECE"], rows))
         else:
             console.say(f"{title} (no labels)")
+
+
+def show_calibration(console: Console, calibration: Calibration | None) -> None:
+    """The temperatures that were fitted before a capture, and NLL and ECE of the rows that they were fitted on."""
+    if calibration is None:
+        return
+    on, names = calibration.on, [*(member.name for member in calibration.on.members), "ensemble"]
+    temperatures = [*calibration.temperature_before, calibration.temperature_after]
+    rows = [
+        [
+            name,
+            f"{t:.4f}",
+            *(f"{a:.4f} → {b:.4f}" for a, b in (calibration.worth[name].nll, calibration.worth[name].ece)),
+        ]
+        for name, t in zip(names, temperatures, strict=True)
+    ]
+    console.table(table(f"calibrated on {on.rows:,} rows of {on.split}", ["", "temperature", "NLL", "ECE"], rows))
 
 
 def scores(values: Mapping[str, float]) -> str:

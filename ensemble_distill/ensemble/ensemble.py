@@ -52,10 +52,15 @@ class Ensemble:
         self.devices = [devices[i % len(devices)] for i in range(len(members))]
         self.modules = [place(m.module, d) for m, d in zip(members, self.devices, strict=True)]
         self.names = [m.config.name for m in members]
+        self.temper([m.temperature for m in config.members], config.temperature)
         self._taps = {
             name: Taps(module, [t.module for t in config.taps if t.member == name], f"member {name!r}")
             for name, module in zip(self.names, self.modules, strict=True)
         }
+
+    def temper(self, before: Sequence[float], after: float) -> None:
+        """Temperatures of the members, applied before averaging, and of the ensemble, applied after it."""
+        self.temperatures, self.temperature = tuple(before), after
 
     def resolve_precision(self, choice: Precision, inputs: Mapping[str, Tensor]) -> Resolved:
         """Fix ``precision``; ``auto`` is decided by timing the members on a batch of real inputs."""
@@ -75,13 +80,13 @@ class Ensemble:
         """
         logits, features = self._forward(inputs)
         first = self.devices[0]
-        tempered = [z.to(first) / member.temperature for z, member in zip(logits, self.config.members, strict=True)]
+        tempered = [z.to(first) / t for z, t in zip(logits, self.temperatures, strict=True)]
         members = [torch.log_softmax(z, dim=1) for z in tempered]
         for name, logprobs in zip(self.names, members, strict=True):
             _check(f"member {name!r}", logprobs)
         combined = combine(tempered, [m.share for m in self.config.members], self.config.combine)
-        if self.config.temperature != 1:
-            combined = torch.log_softmax(combined / self.config.temperature, dim=1)
+        if self.temperature != 1:
+            combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)
         return Outputs(combined, members, {name: f.to(first) for name, f in features.items()})
 

@@ -27,7 +27,7 @@ from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
 from ensemble_distill.metrics import count
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
-from ensemble_distill.recording.planning import refuse_difference
+from ensemble_distill.recording.planning import as_held, refuse_difference
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases
@@ -174,11 +174,11 @@ class Recorder:
         """Make this the cache's plan; Mismatch if another stands there."""
         digest = self.store.put_plan(self.plan)
         held = self.store.plan(digest, Plan)
-        if held != self.plan and self.ensemble.config.precision == "auto":
+        if held != self.plan:
             # Two workers that plan at once may have measured differently: the first plan decides.
-            capture = self.plan.capture.model_copy(update={"precision": held.capture.precision})
-            self.plan = self.plan.model_copy(update={"capture": capture})
-            self.ensemble.precision = held.capture.precision
+            self.plan = as_held(self.plan, held, self.ensemble.config, self.store)
+            self.ensemble.precision = self.plan.capture.precision
+            self.ensemble.temper(self.plan.reading.temperature_before, self.plan.reading.temperature_after)
         refuse_difference(held, self.plan, self.store.root)
         return digest
 

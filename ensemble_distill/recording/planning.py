@@ -15,6 +15,7 @@ from ensemble_distill.cache.plan import (
     MAX_SHARD,
     ROW,
     TARGETS,
+    Calibration,
     Capture,
     Group,
     MemberIdentity,
@@ -24,11 +25,12 @@ from ensemble_distill.cache.plan import (
     unit_rows,
 )
 from ensemble_distill.codec import Features, RowFigures, resolved
-from ensemble_distill.config import CacheConfig, DataConfig, difference
+from ensemble_distill.config import CacheConfig, DataConfig, difference, suggestion
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
+from ensemble_distill.recording.calibrate import calibrate, calibrated_on
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import Leases
@@ -54,14 +56,6 @@ def prepare(
     members = [load_member(member) for member in config.members]
     ensemble = Ensemble(members, config, len(data.classes), devices)
     held = existing_plan(store)
-    reading = Reading(
-        classes=data.classes,
-        heads={"main": len(data.classes)},
-        combine=config.combine,
-        temperature_before=tuple(m.temperature for m in config.members),
-        temperature_after=config.temperature,
-        views=data.views,
-    )
     splits = {name: _rows(name, source, config.views) for name, source in sources.items()}
     probe = _probe(sources)
     # Resolved once and stored: a resumed capture must not choose anew.
@@ -73,6 +67,16 @@ def prepare(
         ),
         precision=ensemble.resolve_precision(precision, probe),
         batch_size=config.batch_size,
+    )
+    if config.calibrate is not None:
+        capture = _calibrated(config.calibrate, capture, ensemble, sources, store, held)
+    reading = Reading(
+        classes=data.classes,
+        heads={"main": len(data.classes)},
+        combine=config.combine,
+        temperature_before=ensemble.temperatures,
+        temperature_after=ensemble.temperature,
+        views=data.views,
     )
     groups = _groups(ensemble, len(data.classes), probe)
     widest = max(group.dtype.itemsize for group in groups)
@@ -92,6 +96,41 @@ def prepare(
         # Nothing was captured under it: another batch size or precision may be tried in the same place.
         store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
+
+
+def as_held(plan: Plan, held: Plan, config: CacheConfig, store: Store) -> Plan:
+    """The plan with what two planners may measure differently (precision, temperatures) as ``held`` has it."""
+    capture, reading = plan.capture, plan.reading
+    if config.precision == "auto":
+        capture = capture.model_copy(update={"precision": held.capture.precision})
+    ours, theirs = (
+        p.capture.calibration and store.calibration(p.capture.calibration, Calibration) for p in (plan, held)
+    )
+    if ours and theirs and ours.on == theirs.on:
+        capture = capture.model_copy(update={"calibration": held.capture.calibration})
+        reading = reading.model_copy(
+            update={name: getattr(theirs, name) for name in ("temperature_before", "temperature_after")}
+        )
+    return plan.model_copy(update={"capture": capture, "reading": reading})
+
+
+def _calibration(plan: Plan | None, store: Store) -> Calibration | None:
+    digest = plan.capture.calibration if plan is not None else None
+    return None if digest is None else store.calibration(digest, Calibration)
+
+
+def _calibrated(
+    split: str, capture: Capture, ensemble: Ensemble, sources: Mapping[str, Source], store: Store, held: Plan | None
+) -> Capture:
+    """Fit the ensemble's temperatures, or take those that were fitted on the same rows when this capture began."""
+    if split not in sources:
+        raise UsageError(f"calibrate={split!r}: there is no such split{suggestion(split, sources)}")
+    on = calibrated_on(ensemble, sources[split], split, capture)
+    record = _calibration(held, store)
+    if record is None or record.on != on:
+        record = calibrate(ensemble, sources[split], on, capture.batch_size)
+    ensemble.temper(record.temperature_before, record.temperature_after)
+    return capture.model_copy(update={"calibration": store.put_calibration(record)})
 
 
 def existing_plan(store: Store) -> Plan | None:

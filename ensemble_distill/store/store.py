@@ -3,6 +3,7 @@
     cache/
       PLAN                       create-once: the digest of the plan that the cache is captured under
       plans/<digest>.json        the plan
+      calibrations/<digest>.json   temperatures fitted before the plan that names them
       keys/<split>-<n>           create-once pages of the key table
       objects/<root>.h5          immutable shards, named by content (.parquet likewise)
       commits/<unit>.json        create-once: the only commit point
@@ -59,6 +60,13 @@ class Store:
         self._put(f"plans/{digest}.json", data)
         if not self.storage.create("PLAN", f"{digest}\n".encode()):
             return self.plan_digest() or digest
+        return digest
+
+    def put_calibration(self, calibration: Config) -> str:
+        """Commit what a plan may name; its digest."""
+        data = records.dump(calibration)
+        digest = sha256(data)
+        self._put(f"calibrations/{digest}.json", data)
         return digest
 
     def drop_plan(self, digest: str) -> None:
@@ -173,6 +181,10 @@ class Store:
 
     def plan(self, digest: str, kind: type[records.R]) -> records.R:
         name = f"plans/{digest}.json"
+        return records.load_hashed(kind, self.storage.read(name, records.MAX_PLAN), digest, f"{self.root}/{name}")
+
+    def calibration(self, digest: str, kind: type[records.R]) -> records.R:
+        name = f"calibrations/{digest}.json"
         return records.load_hashed(kind, self.storage.read(name, records.MAX_PLAN), digest, f"{self.root}/{name}")
 
     def committed(self) -> Iterator[str]:
@@ -298,8 +310,8 @@ def _check_directory(store: Store, path: Path, create: bool) -> None:
             held = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}", hint="check its permissions") from error
-        # A first capture killed while it wrote its plan leaves plans/ and nothing else.
-        if "PLAN" not in held and not (create and held <= {"plans"}):
+        # A first capture killed while it wrote its plan leaves plans/ (and calibrations/) and nothing else.
+        if "PLAN" not in held and not (create and held <= {"plans", "calibrations"}):
             damaged = {"commits", "objects"} <= held
             raise (
                 Corrupt(f"{path}/PLAN is missing", hint=MEND)

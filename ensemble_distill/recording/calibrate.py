@@ -1,0 +1,75 @@
+"""Calibration: a pass over held-out rows that fits a temperature to each member, and one to the ensemble after it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble_distill.cache.cache import read
+from ensemble_distill.cache.plan import Calibrated, Calibration, Capture, Worth
+from ensemble_distill.calibration import fit_temperature
+from ensemble_distill.device import memory_errors
+from ensemble_distill.ensemble.ensemble import Ensemble
+from ensemble_distill.errors import UsageError
+from ensemble_distill.fingerprint import array_digest
+from ensemble_distill.metrics import ece, nll
+from ensemble_distill.mixture import combine
+from ensemble_distill.sources.arrays import Source
+
+# The members' log-probabilities of all rows are held at once: a GiB of float32 at most.
+MOST_VALUES = 1 << 28
+KEYS = 4096
+
+
+def calibrated_on(ensemble: Ensemble, source: Source, split: str, capture: Capture) -> Calibrated:
+    """The rows of a split that temperatures are fitted on: all of them, or the first that fit into memory."""
+    if source.labels is None:
+        raise UsageError(f"calibrate={split!r}: it has no labels", hint="name a split with labels")
+    rows = min(len(source), max(1, MOST_VALUES // (ensemble.classes * len(ensemble.names))))
+    keys = hashlib.sha256()
+    for first in range(0, rows, KEYS):
+        keys.update(source.load(np.arange(first, min(rows, first + KEYS))).keys.tobytes())
+    return Calibrated(
+        members=capture.members,
+        combine=ensemble.config.combine,
+        split=split,
+        rows=rows,
+        keys=keys.hexdigest(),
+        labels=array_digest(source.labels[:rows]),
+    )
+
+
+def calibrate(ensemble: Ensemble, source: Source, on: Calibrated, batch_size: int) -> Calibration:
+    """Fit each member's temperature to the labels, average at these, and fit that of the average.
+
+    Raises InvalidRow where a member's output is no distribution.
+    """
+    members, labels = _said(ensemble, source, on.rows, batch_size)
+    before = tuple(fit_temperature(part, labels) for part in members)
+    shares = [member.share for member in on.members]
+    tempered = [torch.log_softmax(part / t, dim=1) for part, t in zip(members, before, strict=True)]
+    mixed = combine(tempered, shares, on.combine)
+    after = fit_temperature(mixed, labels)
+    worth = {name: _worth(old, new, labels) for name, old, new in zip(ensemble.names, members, tempered, strict=True)}
+    worth["ensemble"] = _worth(combine(members, shares, on.combine), torch.log_softmax(mixed / after, dim=1), labels)
+    return Calibration(on=on, temperature_before=before, temperature_after=after, worth=worth)
+
+
+def _said(ensemble: Ensemble, source: Source, rows: int, batch_size: int) -> tuple[list[Tensor], Tensor]:
+    """Each member's log-probabilities at temperature one, float32 [N, C] on the CPU, and the labels int64 [N]."""
+    ensemble.temper([1.0] * len(ensemble.names), 1.0)
+    parts: list[list[Tensor]] = []
+    for first in range(0, rows, batch_size):
+        inputs, _, _ = read(source, np.arange(first, min(rows, first + batch_size)))
+        with memory_errors(batch_size):
+            parts.append([said.cpu() for said in ensemble(inputs).members])
+    assert source.labels is not None
+    return [torch.cat(member) for member in zip(*parts, strict=True)], torch.from_numpy(source.labels[:rows])
+
+
+def _worth(before: Tensor, after: Tensor, labels: Tensor) -> Worth:
+    pair = [logprobs.clamp(min=-65504) for logprobs in (before, after)]
+    return Worth(nll=tuple(nll(p, labels) for p in pair), ece=tuple(ece(p, labels) for p in pair))
