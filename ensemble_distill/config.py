@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -158,13 +159,14 @@ class DataConfig(Config):
 class Member(Config):
     """One teacher: a function that builds the module, its weights, its share and temperature.
 
+    ``share``: of the mixture; None for equal ones. Either all members state theirs, and they sum to one, or none does.
     ``temperature`` divides the member's logits before averaging: calibration of the member.
     """
 
-    name: Name
+    name: Name = Field(max_length=100)
     build: Callable[[], Any]
     weights: Path | None = None
-    share: float = Field(1.0, gt=0)
+    share: float | None = Field(None, gt=0)
     temperature: float = Field(1.0, gt=0)
 
 
@@ -202,9 +204,10 @@ class CacheConfig(Config):
     @model_validator(mode="after")
     def _names(self) -> Self:
         names = [m.name for m in self.members]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two members are named {name!r}")
+        _distinct("members are named", names)
+        _distinct("taps are kept as", [tap.field for tap in self.taps])
+        if any(name.casefold() == "ensemble" for name in names):
+            raise ValueError("a member is named 'ensemble', as statistics call the mixture: give it another name")
         kept = isinstance(self.codec, Members) and isinstance(self.codec.inner, TopK)
         if kept and (self.combine != "mean_probs" or self.temperature != 1):
             raise ValueError(
@@ -224,6 +227,31 @@ class CacheConfig(Config):
             raise ValueError(f"calibrate fits the temperature of {(*stated, 'the ensemble')[0]}, which is stated too")
         if isinstance(self.codec, Members) and isinstance(self.codec.inner, TopK):
             raise ValueError("calibrate fits a temperature after averaging, which a topk of members cannot have")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        stated = [member.share for member in self.members if member.share is not None]
+        if stated and len(stated) < len(self.members):
+            without = next(member.name for member in self.members if member.share is None)
+            raise ValueError(f"member {without!r} states no share, but others do: state that of all, or of none")
+        if stated and abs(math.fsum(stated) - 1) > 1e-6:
+            raise ValueError(f"the shares of the members sum to {math.fsum(stated):.9g}, expected 1")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each member's part of the mixture; 1/M where none is stated."""
+        return tuple(1 / len(self.members) if m.share is None else m.share for m in self.members)
+
+
+def _distinct(what: str, names: Iterable[str]) -> None:
+    """ValueError for two that are alike, or differ by case only: some file systems take those for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.get(name.casefold())) is not None:
+            alike = f"{name!r}" if other == name else f"{other!r} and {name!r}, which differ by case only"
+            raise ValueError(f"two {what} {alike}")
+        seen[name.casefold()] = name
 
 
 # Stage 2 --------------------------------------------------------------------------------------------

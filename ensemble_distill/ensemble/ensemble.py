@@ -84,7 +84,7 @@ class Ensemble:
         members = [torch.log_softmax(z, dim=1) for z in tempered]
         for name, logprobs in zip(self.names, members, strict=True):
             _check(f"member {name!r}", logprobs)
-        combined = combine(tempered, [m.share for m in self.config.members], self.config.combine)
+        combined = combine(tempered, self.config.shares, self.config.combine)
         if self.temperature != 1:
             combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)

@@ -62,8 +62,8 @@ def prepare(
     precision = held.capture.precision if held and config.precision == "auto" else config.precision
     capture = Capture(
         members=tuple(
-            MemberIdentity(name=m.config.name, weights=m.weights, structure=m.structure, share=m.config.share)
-            for m in members
+            MemberIdentity(name=m.config.name, weights=m.weights, structure=m.structure, share=share)
+            for m, share in zip(members, config.shares, strict=True)
         ),
         precision=ensemble.resolve_precision(precision, probe),
         batch_size=config.batch_size,
