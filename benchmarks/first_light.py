@@ -64,7 +64,7 @@ def pairs(first: Callable[[], object], second: Callable[[], object], repetitions
 def bare_forward(ensemble: Ensemble, batches: list[dict[str, torch.Tensor]]) -> None:
     """What capturing cannot do without: the members' passes over inputs that lie ready in memory."""
     for inputs in batches:
-        ensemble.features(inputs)
+        ensemble.look(inputs)
     synchronize()
 
 

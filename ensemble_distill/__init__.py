@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TrainConfig,
         ViewsConfig,
     )  # fmt: skip
+    from ensemble_distill.ensemble.distributions import LogProbs, TopKLogProbs
     from ensemble_distill.sources.arrays import ArraySource
     from ensemble_distill.sources.idx import read_idx
     from ensemble_distill.targets import Targets
@@ -44,6 +45,7 @@ _HOMES = {
         "HardLabels", "Member", "OptimizerConfig", "ResizedCrop", "Rotate", "ScheduleConfig", "SoftTargets", "Tap",
         "TrainConfig", "ViewsConfig",
     ),
+    "ensemble.distributions": ("LogProbs", "TopKLogProbs"),
     "sources.arrays": ("ArraySource",),
     "sources.idx": ("read_idx",),
     "targets": ("Targets",),
@@ -52,9 +54,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Dense",
-    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "Member", "Members", "OptimizerConfig",
-    "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TrainConfig",
-    "VarOpt", "ViewsConfig", "open_cache", "read_idx",
+    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs", "Member", "Members", "OptimizerConfig",
+    "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TopKLogProbs",
+    "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
 ]  # fmt: skip
 
 

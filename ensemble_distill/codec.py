@@ -61,12 +61,10 @@ class TopK(Config):
     temperatures: tuple[Annotated[float, Field(gt=1, le=100)], ...] = Field(TEMPERATURES, max_length=32)
 
     def arrays(self) -> Arrays:
-        return {
-            "ids": ids(self.k, self.classes),
-            **kept_values(self.k, self.values),
-            "residual": ("<f2", ()),
-            "log_z": ("<f2", (len(self.temperatures),)),
-        }
+        # Without temperatures there is no array: HDF5 has none of size zero.
+        grid: Arrays = {"log_z": ("<f2", (len(self.temperatures),))} if self.temperatures else {}
+        kept = {"ids": ids(self.k, self.classes), **kept_values(self.k, self.values)}
+        return {**kept, "residual": ("<f2", ()), **grid}
 
     @property
     def error(self) -> str:

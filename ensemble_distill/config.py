@@ -17,6 +17,9 @@ from ensemble_distill.frozen import Config
 
 Precision = Literal["auto", "fp32", "bf16"]
 Format = Literal["hdf5", "parquet"]
+Gives = Literal["all", "topk"]  # the classes that a member tells apart
+Tail = Literal["unknown", "uniform"]  # how the others are taken
+Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/@+= -]+$", max_length=200)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
@@ -159,6 +162,9 @@ class DataConfig(Config):
 class Member(Config):
     """One teacher: a function that builds the module, its weights, its share and temperature.
 
+    ``build`` may return any other callable, such as a client of a served model: it is called with the batch's inputs
+    on the CPU, in the order of the source, and ``version`` says who it is, for no hash can. Of a module, ``version``
+    may say what its weights and structure do not.
     ``share``: of the mixture; None for equal ones. Either all members state theirs, and they sum to one, or none does.
     ``temperature`` divides the member's logits before averaging: calibration of the member.
     """
@@ -166,6 +172,7 @@ class Member(Config):
     name: Name = Field(max_length=100)
     build: Callable[[], Any]
     weights: Path | None = None
+    version: Version | None = None
     share: float | None = Field(None, gt=0)
     temperature: float = Field(1.0, gt=0)
 
@@ -186,7 +193,9 @@ class CacheConfig(Config):
     """Who teaches, how their predictions are combined, and what is kept.
 
     ``temperature`` is applied after averaging; a member's own before it. The two orders differ. ``calibrate``: a split
-    on whose labels both are fitted, in a pass before the capture (Guo et al. 2017).
+    on whose labels both are fitted, in a pass before the capture (Guo et al. 2017). ``tail``: how classes are taken that
+    a top-k member does not list: ``unknown`` (then only what is known is kept), or ``uniform``: even.
+    ``one_at_a_time``: a member is on its device only while it runs.
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
@@ -195,11 +204,13 @@ class CacheConfig(Config):
     calibrate: Name | None = None
     codec: HeadCodec = Field(Dense(), discriminator="name")
     taps: tuple[Tap, ...] = ()
+    tail: Tail = "unknown"
     views: int = Field(1, ge=1, lt=2**24)
     format: Format = "hdf5"
     batch_size: int = Field(512, ge=1)
     unit_rows: int | None = Field(None, ge=1)
     precision: Precision = "auto"
+    one_at_a_time: bool = False
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import FailFast, Field, model_validator
 
 from ensemble_distill.codec import AnyCodec, HeadCodec
-from ensemble_distill.config import Format, Name, ViewsConfig
+from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.frozen import Config
@@ -112,13 +112,19 @@ class Reading(Config):
 
 
 class MemberIdentity(Config):
+    """weights, structure: SHA-256 of a module's; None of any other callable, which has only the stated version."""
+
     name: str
-    weights: str
-    structure: str
+    weights: str | None
+    structure: str | None
+    version: Version | None = None
     share: float
+    gives: Gives = "all"
 
 
 class Capture(Config):
+    """tail: how classes were taken that top-k members do not list; None where there are no such members."""
+
     members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
     precision: Literal["fp32", "bf16"]
     batch_size: int
@@ -152,6 +158,8 @@ class Calibration(Config):
     temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
     temperature_after: float = Field(gt=0)
     worth: dict[str, Worth]
+
+    tail: Tail | None = None
 
 
 class WorkItem(NamedTuple):

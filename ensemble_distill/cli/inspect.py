@@ -55,7 +55,7 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.show import show_calibration, show_statistics
+    from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail
     from ensemble_distill.config import named
 
     reading, capture = plan.reading, plan.capture
@@ -70,13 +70,14 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     console.table(
         ui.table(
             "members",
-            ["", "share", "temperature", "weights"],
+            ["", "share", "temperature", "weights or version"],
             [
-                [m.name, m.share, t, f"{m.weights[:12]}…"]
+                [m.name, m.share, t, _identity(m)]
                 for m, t in zip(capture.members, reading.temperature_before, strict=True)
             ],
         )
     )
+    show_tail(console, capture)
     rows = [[name, f"{s.rows:,}", s.views, s.unit_rows, "yes" if s.labels else "no"] for name, s in plan.splits.items()]
     console.table(ui.table("splits", ["", "rows", "views", "rows a unit", "labels"], rows))
     fields = [
@@ -92,3 +93,9 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     console.say(
         f"captured {made['time'][0]} to {made['time'][1]} in {capture.precision} on {', '.join(made['device'])}"
     )
+
+
+def _identity(member: Any) -> str:
+    """The first digits of a module's weights and what its pipeline says of it, as far as there is either."""
+    known = [f"{member.weights[:12]}…" if member.weights else "", member.version or ""]
+    return ", ".join(filter(None, known))

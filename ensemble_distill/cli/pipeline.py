@@ -87,7 +87,9 @@ def failed(error: BaseException) -> Error:
     if isinstance(error, ImportError):
         return UsageError(f"{where}: {error}", hint="install what the pipeline imports")
     return UsageError(
-        f"{where}: {type(error).__name__}: {error}", hint="mend the pipeline; --debug shows the traceback"
+        f"{where}: {type(error).__name__}: {error}",
+        hint="mend the pipeline, or run the same command again if it was a server's fault: what is committed or saved "
+        "stays; --debug shows the traceback",
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.cli.console import Console, table
+
+if TYPE_CHECKING:
+    from ensemble_distill.cache.plan import Capture
 
 
 def show_statistics(console: Console, statistics: Mapping[str, Any]) -> None:
@@ -39,6 +42,17 @@ def show_calibration(console: Console, calibration: Calibration | None) -> None:
         for name, t in zip(names, temperatures, strict=True)
     ]
     console.table(table(f"calibrated on {on.rows:,} rows of {on.split}", ["", "temperature", "NLL", "ECE"], rows))
+
+def show_tail(console: Console, capture: Capture) -> None:
+    """What a capture with top-k members cannot say, or only assumes; nothing where all members gave all classes."""
+    names = ", ".join(member.name for member in capture.members if member.gives == "topk")
+    if capture.tail == "unknown":
+        console.say(f"top-k     {names}: exact are the kept classes, and all others as one class; not known are the")
+        console.say("          entropy, the mutual information and labels that were not listed (NaN in the rows)")
+    if capture.tail == "uniform":
+        console.say(f"top-k     {names}: classes not listed are taken as even, so no row is exactly what was said")
+    if capture.tail:
+        console.say("          accuracy, NLL and ECE take classes not listed as even")
 
 
 def scores(values: Mapping[str, float]) -> str:

@@ -27,7 +27,7 @@ def encode(codec: HeadCodec, said: Said) -> dict[str, Tensor]:
     if isinstance(codec, Dense):
         return _encode_dense(codec, said.logprobs)
     if isinstance(codec, TopK):
-        kept = said.logprobs.topk(codec.k, dim=1).indices
+        kept = _likeliest(said, codec.k)
         return {"ids": pack_ids(kept, codec.classes), **_encode_kept(codec, said.logprobs, kept)}
     if isinstance(codec, VarOpt):
         return _encode_varopt(codec, said)
@@ -45,7 +45,7 @@ def decode(codec: HeadCodec, arrays: Mapping[str, Tensor], mixture: Mixture | No
         logprobs, residual = _decode_kept(codec, arrays)
         return Targets(
             logprobs, kind="ghost", ids=unpack_ids(arrays["ids"], codec.k, codec.classes), residual=residual,
-            log_z=arrays["log_z"].float(), temperatures=codec.temperatures, classes=codec.classes,
+            log_z=_log_z(arrays), temperatures=codec.temperatures, classes=codec.classes,
         )  # fmt: skip
     if isinstance(codec, VarOpt):
         return _decode_varopt(codec, arrays)
@@ -58,16 +58,20 @@ def decode(codec: HeadCodec, arrays: Mapping[str, Tensor], mixture: Mixture | No
 
 
 def encode_figures(said: Said) -> dict[str, Tensor]:
-    """The arrays of ``RowFigures``, float16 [B]."""
+    """The arrays of ``RowFigures``, float16 [B]; NaN for what cannot be known of them."""
     label = said.logprobs.new_full((len(said.logprobs),), math.nan)
     if said.labels is not None:
         index = said.labels.to(said.logprobs.device)[:, None]
         label = said.logprobs.gather(1, index)[:, 0].clamp(min=LOWEST)
+        if said.known is not None:
+            label = label.masked_fill(~said.known.gather(1, index)[:, 0], math.nan)
     figures = {
         "entropy": entropy(said.logprobs),
         "mutual_information": _mutual_information(said.members, said.shares),
         "label_logprob": label,
     }
+    if said.known is not None:
+        figures |= {name: torch.full_like(label, math.nan) for name in ("entropy", "mutual_information")}
     return {name: value.half() for name, value in figures.items()}
 
 
@@ -122,16 +126,22 @@ def _decode_dense(codec: Dense, arrays: Mapping[str, Tensor]) -> Tensor:
     return torch.log_softmax(arrays["logprobs"].float(), dim=1)
 
 
+def _likeliest(said: Said, k: int) -> Tensor:
+    """The k likeliest classes of those that are known, int64 [B, K]."""
+    if said.known is None:
+        return said.logprobs.topk(k, dim=1).indices
+    return said.logprobs.masked_fill(~said.known, -math.inf).topk(k, dim=1).indices
+
+
 def _encode_kept(codec: TopK, logprobs_BC: Tensor, kept_BK: Tensor) -> dict[str, Tensor]:
     """All arrays of a ``topk`` row but the ids."""
     # Over what is not kept, since one minus a sum near one is mostly rounding (and may be negative).
     rest = torch.logsumexp(logprobs_BC.scatter(1, kept_BK, -math.inf), dim=1)
     log_z = [torch.logsumexp(logprobs_BC / t, dim=1) for t in codec.temperatures]
-    empty = logprobs_BC.new_zeros(len(logprobs_BC), 0)
     return {
         **_encode_values(codec.values, logprobs_BC.gather(1, kept_BK)),
         "residual": rest.clamp(min=LOWEST).masked_fill(rest.isneginf(), -math.inf).half(),
-        "log_z": torch.stack(log_z, dim=1).half() if log_z else empty.half(),
+        **({"log_z": torch.stack(log_z, dim=1).half()} if log_z else {}),
     }
 
 
@@ -144,6 +154,10 @@ def _decode_kept(codec: TopK, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     residual = arrays["residual"].float().exp()
     values = arrays["logprobs"].float() if codec.values == 16 else from_codes(arrays["codes"], arrays["range"])
     return normalised(values, residual), residual
+
+
+def _log_z(arrays: Mapping[str, Tensor]) -> Tensor | None:
+    return arrays["log_z"].float() if "log_z" in arrays else None
 
 
 def _encode_varopt(codec: VarOpt, said: Said) -> dict[str, Tensor]:
@@ -186,7 +200,7 @@ def _encode_members(codec: Members, said: Said) -> dict[str, Tensor]:
         found: list[dict[str, Tensor]] = [_encode_dense(codec.inner, m) for m in said.members]
         arrays: dict[str, Tensor] = {}
     else:
-        kept = said.logprobs.topk(codec.inner.k, dim=1).indices
+        kept = _likeliest(said, codec.inner.k)
         found = [_encode_kept(codec.inner, m, kept) for m in said.members]
         arrays = {"ids": pack_ids(kept, codec.inner.classes)}
     for member, part in zip(codec.members, found, strict=True):
@@ -208,7 +222,7 @@ def _decode_members(codec: Members, arrays: Mapping[str, Tensor], mixture: Mixtu
     logprobs, residual = mix_kept([k[0] for k in kept], [k[1] for k in kept], shares)
     return Targets(
         logprobs, kind="ghost", ids=unpack_ids(arrays["ids"], inner.k, inner.classes), residual=residual,
-        log_z=parts[0]["log_z"].float() if len(parts) == 1 else None, temperatures=inner.temperatures,
+        log_z=_log_z(parts[0]) if len(parts) == 1 else None, temperatures=inner.temperatures,
         classes=inner.classes,
     )  # fmt: skip
 

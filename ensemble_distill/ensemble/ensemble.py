@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ensemble_distill.config import CacheConfig, Precision
+from ensemble_distill.codec import Members, TopK
+from ensemble_distill.config import CacheConfig, Gives, Precision
 from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
+from ensemble_distill.ensemble.distributions import InvalidRow, Stated, stated
 from ensemble_distill.ensemble.members import Loaded
+from ensemble_distill.ensemble.visit import settle, visit
 from ensemble_distill.errors import InvalidOutput, UsageError
 from ensemble_distill.mixture import combine
 from ensemble_distill.taps import Taps
+
+_SAID = {"all": "all classes", "topk": "its likeliest classes only"}
 
 
 @dataclass(frozen=True)
@@ -21,24 +27,22 @@ class Outputs:
     """What the ensemble said about a batch, on the first device.
 
     logprobs: float32 [B, C]. members: float32 log-probabilities [B, C] of each, at its own temperature.
-    features: float32 [B, D] by tap field.
+    features: float32 [B, D] by tap field. known: bool [B, C], the classes that all members told apart, whose
+    log-probabilities alone are known; None where all are, or are taken as even.
     """
 
     logprobs: Tensor
     members: list[Tensor]
     features: dict[str, Tensor]
-
-
-class InvalidRow(InvalidOutput):
-    """An output is no distribution; ``row`` is its place in the batch."""
-
-    def __init__(self, member: str, row: int, what: str) -> None:
-        super().__init__(f"{member} gave {what}")
-        self.member, self.row = member, row
+    known: Tensor | None = None
 
 
 class Ensemble:
-    """Members placed round-robin over the devices; kernels of different devices run at the same time."""
+    """Members placed round-robin over the devices; kernels of different devices run at the same time.
+
+    One at a time, if so configured: then each is on its device only while it runs, with the same result.
+    Callables that are no modules get their inputs on the CPU. gives: what each member tells apart, once ``look`` saw.
+    """
 
     def __init__(
         self,
@@ -50,25 +54,38 @@ class Ensemble:
     ) -> None:
         self.config, self.classes, self.precision = config, classes, precision
         self.devices = [devices[i % len(devices)] for i in range(len(members))]
-        self.modules = [place(m.module, d) for m, d in zip(members, self.devices, strict=True)]
+        put = settle if config.one_at_a_time else place
+        self.modules = [
+            put(m.module, d) if isinstance(m.module, nn.Module) else m.module
+            for m, d in zip(members, self.devices, strict=True)
+        ]
         self.names = [m.config.name for m in members]
         self.temper([m.temperature for m in config.members], config.temperature)
-        self._taps = {
-            name: Taps(module, [t.module for t in config.taps if t.member == name], f"member {name!r}")
-            for name, module in zip(self.names, self.modules, strict=True)
-        }
+        self.gives: list[Gives] | None = None
+        self._taps: dict[str, Taps] = {}
+        for name, module in zip(self.names, self.modules, strict=True):
+            tapped = [t.module for t in config.taps if t.member == name]
+            if isinstance(module, nn.Module):
+                self._taps[name] = Taps(module, tapped, f"member {name!r}")
+            elif tapped:
+                raise UsageError(
+                    f"member {name!r} is no nn.Module but a {type(module).__name__}: it has no {tapped[0]!r} to tap"
+                )
 
     def temper(self, before: Sequence[float], after: float) -> None:
         """Temperatures of the members, applied before averaging, and of the ensemble, applied after it."""
         self.temperatures, self.temperature = tuple(before), after
 
     def resolve_precision(self, choice: Precision, inputs: Mapping[str, Tensor]) -> Resolved:
-        """Fix ``precision``; ``auto`` is decided by timing the members on a batch of real inputs."""
+        """Fix ``precision``; ``auto`` is decided by timing the modules on a batch of real inputs."""
+        modules = [i for i, module in enumerate(self.modules) if isinstance(module, nn.Module)]
 
         def step(precision: Resolved) -> None:
             self.precision = precision
-            self._forward(inputs)
+            self._forward(inputs, modules)
 
+        if choice == "auto" and not modules:
+            choice = "fp32"
         self.precision = choose_precision(choice, self.devices[0], step)
         return self.precision
 
@@ -76,11 +93,12 @@ class Ensemble:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Run all members on a batch (inputs by name, [B, ...]).
 
-        Raises InvalidRow for NaN or +inf in a member's output, naming the member and the row.
+        Raises InvalidRow for what is no distribution, naming the member and the row: NaN, +inf, log-probabilities that
+        do not sum to one.
         """
-        logits, features = self._forward(inputs)
+        said, features = self._forward(inputs)
         first = self.devices[0]
-        tempered = [z.to(first) / t for z, t in zip(logits, self.temperatures, strict=True)]
+        tempered = [s.logits.to(first) / t for s, t in zip(said, self.temperatures, strict=True)]
         members = [torch.log_softmax(z, dim=1) for z in tempered]
         for name, logprobs in zip(self.names, members, strict=True):
             _check(f"member {name!r}", logprobs)
@@ -88,30 +106,67 @@ class Ensemble:
         if self.temperature != 1:
             combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)
-        return Outputs(combined, members, {name: f.to(first) for name, f in features.items()})
+        known = self._known(said)
+        return Outputs(combined, members, {name: f.to(first) for name, f in features.items()}, known)
 
-    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The taps of a batch alone, unchecked: to learn their widths."""
-        return self._forward(inputs)[1]
+    def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The taps of a few rows, to learn their widths; and from then on what each member ``gives`` is fixed."""
+        said, features = self._forward(inputs)
+        self.gives = [s.gives for s in said]
+        return features
 
     @torch.inference_mode()
-    def _forward(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        copies = {d: {name: upload(x, d) for name, x in inputs.items()} for d in dict.fromkeys(self.devices)}
-        logits: list[Tensor] = []
+    def _forward(
+        self, inputs: Mapping[str, Tensor], which: Sequence[int] | None = None
+    ) -> tuple[list[Stated], dict[str, Tensor]]:
+        """What the members (by default all) say of a batch, and their taps."""
+        rows = len(next(iter(inputs.values())))
+        copies: dict[torch.device, list[Tensor]] = {}
+        said: list[Stated] = []
         features: dict[str, Tensor] = {}
-        for name, module, device in zip(self.names, self.modules, self.devices, strict=True):
-            with autocast(device, self.precision), self._taps[name].watch() as tapped:
-                output = module(*copies[device].values())
-            logits.append(self._logits(name, output))
-            features |= {f"tap/{name}.{m}": f for m, f in tapped.items()}
-        return logits, features
+        for i in range(len(self.modules)) if which is None else which:
+            output, tapped = self._run(i, inputs, copies)
+            said.append(stated(f"member {self.names[i]!r}", output, rows, self.classes))
+            features |= tapped
+            if self.gives is not None and said[-1].gives != self.gives[i]:
+                raise InvalidOutput(
+                    f"member {self.names[i]!r} gave {_SAID[said[-1].gives]}, "
+                    f"and {_SAID[self.gives[i]]} when the capture was planned",
+                    hint="let it give one or the other for all batches",
+                )
+        return said, features
 
-    def _logits(self, name: str, output: object) -> Tensor:
-        value = getattr(output, "logits", output)
-        if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] != self.classes:
-            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UsageError(f"member {name!r} gave {found}, expected logits [batch, {self.classes}]")
-        return value.float()
+    def _run(
+        self, i: int, inputs: Mapping[str, Tensor], copies: dict[torch.device, list[Tensor]]
+    ) -> tuple[object, dict[str, Tensor]]:
+        """What a member returns, and its taps. ``copies``: the inputs by device, which are added to."""
+        name, module, device = self.names[i], self.modules[i], self.devices[i]
+        if not isinstance(module, nn.Module):
+            return module(*inputs.values()), {}
+        if device not in copies:
+            copies[device] = [upload(x, device) for x in inputs.values()]
+        there = visit(module, device) if self.config.one_at_a_time else nullcontext()
+        with there, autocast(device, self.precision), self._taps[name].watch() as tapped:
+            output: object = module(*copies[device])
+        return output, {f"tap/{name}.{m}": f for m, f in tapped.items()}
+
+    def _known(self, said: Sequence[Stated]) -> Tensor | None:
+        """Of the classes that top-k members leave unknown; InvalidRow where less is known than is to be kept."""
+        listed = [s.listed.to(self.devices[0]) for s in said if s.listed is not None]
+        codec = self.config.codec.inner if isinstance(self.config.codec, Members) else self.config.codec
+        if not listed or self.config.tail == "uniform" or not isinstance(codec, TopK):
+            return None
+        known = torch.stack(listed).all(dim=0)
+        count = known.sum(dim=1)
+        if bool((few := count < codec.k).any()):
+            row = int(few.nonzero()[0, 0])
+            raise InvalidRow(
+                " and ".join(f"member {n!r}" for n, s in zip(self.names, said, strict=True) if s.listed is not None),
+                row,
+                f"only {int(count[row])} known classes, the codec keeps {codec.k}",
+                hint='lower the codec\'s k, or let members list more, or set tail="uniform"',
+            )
+        return known
 
 
 def _check(name: str, logprobs: Tensor) -> None:

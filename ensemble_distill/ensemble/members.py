@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,26 +20,44 @@ from ensemble_distill.fingerprint import sha256
 
 @dataclass(frozen=True)
 class Loaded:
-    """A member ready to run, and who it is: SHA-256 of its state and of its printed structure."""
+    """A member ready to run, and who it is: SHA-256 of its state and of its printed structure.
+
+    A callable that is no module has neither: it is known by the version that its configuration states.
+    """
 
     config: Member
-    module: nn.Module
-    weights: str
-    structure: str
+    module: nn.Module | Callable[..., Any]
+    weights: str | None
+    structure: str | None
 
 
 def load_member(member: Member) -> Loaded:
     """Build and load one member, on the CPU, in eval mode.
 
-    Raises UsageError (no file, no module), Unsafe (pickled weights), Mismatch (weights that do not fit).
+    Raises UsageError (no file, nothing to call, a callable without a version), Unsafe (pickled weights), Mismatch
+    (weights that do not fit).
     """
     module = member.build()
     if not isinstance(module, nn.Module):
-        raise UsageError(f"member {member.name!r}: build() gave a {type(module).__name__}, expected an nn.Module")
+        _check_callable(member, module)
+        return Loaded(member, module, None, None)
     if member.weights is not None:
         _load_weights(module, member.name, member.weights)
     module.eval().requires_grad_(False)
     return Loaded(member, module, state_digest(module), structure_digest(module))
+
+
+def _check_callable(member: Member, function: object) -> None:
+    kind, name = type(function).__name__, repr(member.name)
+    if not callable(function):
+        raise UsageError(f"member {name}: build() gave a {kind}, expected an nn.Module or another callable")
+    if member.weights is not None:
+        raise UsageError(f"member {name}: weights are loaded into an nn.Module, but build() gave a {kind}")
+    if member.version is None:
+        raise UsageError(
+            f"member {name}: build() gave a {kind}, and no hash can tell whether another run would call the same",
+            hint="say who answers: Member(…, version='name and version of the served model')",
+        )
 
 
 def structure_digest(module: nn.Module) -> str:

@@ -22,7 +22,8 @@ from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem, field_name
 from ensemble_distill.codec import AnyCodec, Features, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
-from ensemble_distill.ensemble.ensemble import Ensemble, InvalidRow, Outputs
+from ensemble_distill.ensemble.distributions import InvalidRow
+from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
 from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
 from ensemble_distill.metrics import count
 from ensemble_distill.prefetch import prefetch, timed
@@ -255,7 +256,7 @@ class Recorder:
                 f"(view {piece.item.view}, key {piece.keys[error.row].tobytes().hex()}, "
                 f"batch of rows {piece.first}–{piece.first + len(piece.keys) - 1}); "
                 f"nothing of its unit is committed",
-                hint=f"look at what {error.member} does with this sample, or use --set precision=fp32",
+                hint=error.hint or f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
     def _commit(self, opened: _OpenItem) -> list[Commit]:
@@ -307,7 +308,9 @@ class _OpenItem:
         part = slice(start, start + len(piece.keys))
         self.keys[part] = piece.keys
         self.missing -= len(piece.keys)
-        said = Said(outputs.logprobs, outputs.members, self._shares, piece.labels, piece.keys, self.item.view)
+        said = Said(
+            outputs.logprobs, outputs.members, self._shares, piece.labels, piece.keys, self.item.view, outputs.known
+        )
         for group in self._groups:
             for head, codec in group.codecs.items():
                 for name, values in _encoded(codec, head, said, outputs).items():

@@ -26,11 +26,13 @@ from ensemble_distill.cache.plan import (
 )
 from ensemble_distill.codec import Features, RowFigures, resolved
 from ensemble_distill.config import CacheConfig, DataConfig, difference, suggestion
+from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
-from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.errors import InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
+from ensemble_distill.recording.tail import resolved_tail
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import Leases
@@ -60,11 +62,21 @@ def prepare(
     probe = _probe(sources)
     # Resolved once and stored: a resumed capture must not choose anew.
     precision = held.capture.precision if held and config.precision == "auto" else config.precision
+    groups = _groups(ensemble, len(data.classes), probe)
+    gives = ensemble.gives or []
     capture = Capture(
         members=tuple(
-            MemberIdentity(name=m.config.name, weights=m.weights, structure=m.structure, share=share)
-            for m, share in zip(members, config.shares, strict=True)
+            MemberIdentity(
+                name=m.config.name,
+                weights=m.weights,
+                structure=m.structure,
+                version=m.config.version,
+                share=share,
+                gives=kind,
+            )
+            for m, share, kind in zip(members, config.shares, gives, strict=True)
         ),
+        tail=resolved_tail(config, gives),
         precision=ensemble.resolve_precision(precision, probe),
         batch_size=config.batch_size,
     )
@@ -78,7 +90,6 @@ def prepare(
         temperature_after=ensemble.temperature,
         views=data.views,
     )
-    groups = _groups(ensemble, len(data.classes), probe)
     widest = max(group.dtype.itemsize for group in groups)
     if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
         raise UsageError(
@@ -103,9 +114,7 @@ def as_held(plan: Plan, held: Plan, config: CacheConfig, store: Store) -> Plan:
     capture, reading = plan.capture, plan.reading
     if config.precision == "auto":
         capture = capture.model_copy(update={"precision": held.capture.precision})
-    ours, theirs = (
-        p.capture.calibration and store.calibration(p.capture.calibration, Calibration) for p in (plan, held)
-    )
+    ours, theirs = (_calibration(p, store) for p in (plan, held))
     if ours and theirs and ours.on == theirs.on:
         capture = capture.model_copy(update={"calibration": held.capture.calibration})
         reading = reading.model_copy(
@@ -194,7 +203,11 @@ def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor]) -> tu
     except ValueError as error:
         raise UsageError(f"cache().codec: {error}", hint=f"keep at most {classes}, or use the codec dense") from error
     groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures()})]
-    features = ensemble.features({name: x[:2] for name, x in probe.items()})
+    try:
+        features = ensemble.look({name: x[:2] for name, x in probe.items()})
+    except InvalidRow as error:
+        message = f"{error} for sample {error.row} of the first source; nothing is committed"
+        raise InvalidOutput(message, hint=error.hint) from error
     for tap in ensemble.config.taps:
         width = features[tap.field].shape[1]
         groups.append(Group.of(f"tap.{tap.member}.{tap.module}", {tap.field: Features(width=width)}))
