@@ -193,8 +193,8 @@ class CacheConfig(Config):
     """Who teaches, how their predictions are combined, and what is kept.
 
     ``temperature`` is applied after averaging; a member's own before it. The two orders differ. ``calibrate``: a split
-    on whose labels both are fitted, in a pass before the capture (Guo et al. 2017). ``tail``: how classes are taken that
-    a top-k member does not list: ``unknown`` (then only what is known is kept), or ``uniform``: even.
+    on whose labels both are fitted, in a pass before the capture (Guo et al. 2017). ``tail``: how classes are taken
+    that a top-k member does not list: ``unknown`` (then only what is known is kept), or ``uniform``: even.
     ``one_at_a_time``: a member is on its device only while it runs.
     """
 

@@ -129,6 +129,7 @@ class Capture(Config):
     precision: Literal["fp32", "bf16"]
     batch_size: int
     calibration: Digest | None = None
+    tail: Tail | None = None
 
 
 class Calibrated(Config):
@@ -158,8 +159,6 @@ class Calibration(Config):
     temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
     temperature_after: float = Field(gt=0)
     worth: dict[str, Worth]
-
-    tail: Tail | None = None
 
 
 class WorkItem(NamedTuple):

@@ -43,6 +43,7 @@ def show_calibration(console: Console, calibration: Calibration | None) -> None:
     ]
     console.table(table(f"calibrated on {on.rows:,} rows of {on.split}", ["", "temperature", "NLL", "ECE"], rows))
 
+
 def show_tail(console: Console, capture: Capture) -> None:
     """What a capture with top-k members cannot say, or only assumes; nothing where all members gave all classes."""
     names = ", ".join(member.name for member in capture.members if member.gives == "topk")
