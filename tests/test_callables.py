@@ -335,7 +335,7 @@ def test_a_served_model_that_fails_once_costs_nothing_but_the_same_command(cli: 
         "--out",
         "run",
         "--set",
-        "objective=" + json.dumps(SOFT),
+        SOFT,
         "--set",
         "epochs=1",
     )
