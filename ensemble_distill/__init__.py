@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ColorJitter,
         Crop,
         Custom,
+        CutMix,
         DataConfig,
         EnsembleConfig,
         Erase,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         Flip,
         HardLabels,
         Member,
+        Mixup,
         OptimizerConfig,
         ResizedCrop,
         Rotate,
@@ -41,9 +43,9 @@ _HOMES = {
     "cache.cache": ("Batch", "Cache", "open_cache"),
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
-        "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "EnsembleConfig", "Erase", "FeatureMatch", "Flip",
-        "HardLabels", "Member", "OptimizerConfig", "ResizedCrop", "Rotate", "ScheduleConfig", "SoftTargets", "Tap",
-        "TrainConfig", "ViewsConfig",
+        "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "EnsembleConfig", "Erase",
+        "FeatureMatch", "Flip", "HardLabels", "Member", "Mixup", "OptimizerConfig", "ResizedCrop", "Rotate",
+        "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
     ),
     "ensemble.distributions": ("LogProbs", "TopKLogProbs"),
     "sources.arrays": ("ArraySource",),
@@ -53,10 +55,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "DataConfig", "Dense",
-    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs", "Member", "Members", "OptimizerConfig",
-    "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK", "TopKLogProbs",
-    "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
+    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "Dense",
+    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs", "Member", "Members", "Mixup",
+    "OptimizerConfig", "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK",
+    "TopKLogProbs", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
 ]  # fmt: skip
 
 

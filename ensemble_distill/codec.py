@@ -151,6 +151,19 @@ class RowFigures(Config):
         return "2⁻¹¹ of a figure"
 
 
+class PartnerKey(Config):
+    """The content key of the sample that a row's sample was mixed with; zeros in view 0, which mixes nothing."""
+
+    name: Literal["partner"] = "partner"
+
+    def arrays(self) -> Arrays:
+        return {"": ("|u1", (16,))}
+
+    @property
+    def error(self) -> str:
+        return "none"
+
+
 class Features(Config):
     """A tap's activations in float16, 2D bytes; off by at most 2⁻¹¹ of their size."""
 
@@ -166,7 +179,7 @@ class Features(Config):
 
 
 HeadCodec = Dense | TopK | VarOpt | Sampled | Members
-AnyCodec = Annotated[HeadCodec | RowFigures | Features, Field(discriminator="name")]
+AnyCodec = Annotated[HeadCodec | RowFigures | PartnerKey | Features, Field(discriminator="name")]
 
 
 def resolved(codec: HeadCodec, classes: int, members: tuple[str, ...]) -> HeadCodec:

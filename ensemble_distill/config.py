@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ensemble_distill.codec import Dense, HeadCodec, Members, TopK
 from ensemble_distill.errors import UsageError
@@ -127,16 +136,42 @@ def named(transform: Transform) -> str:
     return f"custom {transform.name!r}" if isinstance(transform, Custom) else transform.kind
 
 
+class Mixup(Config):
+    """Blend each sample with a partner: λ x + (1 − λ) x', λ from Beta(``alpha``, ``alpha``) (Zhang et al. 2018)."""
+
+    kind: Literal["mixup"] = "mixup"
+    alpha: float = Field(0.2, gt=0, le=1000)
+
+
+class CutMix(Config):
+    """Paste a rectangle of a partner into each sample, of a share 1 − λ of it before it is clipped to the image.
+
+    λ comes from Beta(``alpha``, ``alpha``) (Yun et al. 2019).
+    """
+
+    kind: Literal["cutmix"] = "cutmix"
+    alpha: float = Field(1.0, gt=0, le=1000)
+
+
 class ViewsConfig(Config):
     """Deterministic views of each training sample: pure functions of (seed, key, view number).
 
     View 0 is the sample as it is; the transforms draw the others. They act on the source's input named
-    ``input``, images [B, C, H, W].
+    ``input``, images [B, C, H, W]. ``mix`` then mixes each with another sample of the split, in the same view.
     """
 
     transforms: tuple[Transform, ...] = ()
     seed: int = Field(0, ge=0, lt=2**32)
     input: str = "image"
+    mix: Annotated[Mixup | CutMix, Field(discriminator="kind")] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Views that mix nothing do not speak of it: so plans from before there was ``mix`` are what they were."""
+        dumped: dict[str, Any] = handler(self)
+        if self.mix is None:
+            dumped.pop("mix", None)
+        return dumped
 
 
 class DataConfig(Config):

@@ -24,8 +24,9 @@ class Said:
     """A batch as the members said it, for codecs to keep. All log-probabilities float32 in nats, on one device.
 
     logprobs: [B, C] of the ensemble. members: [B, C] of each, and their shares (any positive sum). labels: int64 [B]
-    or None. keys: content keys uint8 [B, 16] and view number, which decide what a codec draws. known: bool [B, C], the
-    classes whose own log-probabilities are known, where that is not all; of the others only their sum is.
+    or None (also of samples that are mixed). keys: content keys uint8 [B, 16] and view number, which decide what a
+    codec draws. known: bool [B, C], the classes whose own log-probabilities are known, where that is not all; of the
+    others only their sum is. partner_keys: uint8 [B, 16], of what each sample is mixed with, or None.
     """
 
     logprobs: Tensor
@@ -35,6 +36,7 @@ class Said:
     keys: np.ndarray
     view: int
     known: Tensor | None = None
+    partner_keys: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def a_plan(format: str = "hdf5") -> Plan:
                 "members": [{"name": "a", "weights": "w", "structure": "s", "share": 1.0}],
                 "precision": "fp32",
                 "batch_size": 4,
+                "audit": [{"sample": 0, "key": "0" * 32, "view": 1, "shape": [1, 2, 2], "cells": "00ff80ff"}],
             },
             "format": format,
             "splits": {

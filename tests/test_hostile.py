@@ -182,6 +182,8 @@ add("commits a link to a folder of secret names", after=unsealed_with_linked_com
 
 # Numbers of the plan ----------------------------------------------------------------------------------
 
+RENDERING = {"sample": 0, "key": "0" * 32, "view": 1, "shape": [1, 1, 1], "cells": "00"}
+
 for place, values in {
     "splits.train.rows": [2**40, 2**60, 2**48, 10**14, -1, 9, 11, 1.0, "10", True, 10**400],
     "splits.train.unit_rows": [0, -1, 2**60, 3, 1],
@@ -204,6 +206,12 @@ for place, values in {
     "groups": [[], None, {}],
     "splits": [{}, [], None],
     "format": ["pickle", "../hdf5", None, "os", "layout"],
+    "capture.audit": [
+        [], None, [None], [{**RENDERING, "shape": [64, 8, 8]}], [{**RENDERING, "view": 2**60}],
+        [RENDERING] * 65, [RENDERING] * 300_000, [{**RENDERING, "cells": "00" * 1_000_000}],
+        [{**RENDERING, "shape": [2**40, 0, 8], "cells": ""}], [{**RENDERING, "cells": "zz"}],
+    ],
+    "reading.views.mix": [None, {}, {"kind": "mixup", "alpha": 0.2}, {"kind": "cutmix", "alpha": 0}, {"kind": "os"}],
     "schema_version": [2, 0, "1", None, "x" * 1_000_000],
     "reading.classes": [[1], None, "xyz"],
 }.items():  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble_distill.cache.audit import comparable, refuse_other_pixels
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
-from ensemble_distill.cache.plan import MAIN, ROW, TARGETS, Calibration, Group, Plan, field_name
+from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name
+from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import HeadCodec, Members, TopK
 from ensemble_distill.codecs.features import decode as decode_feature
@@ -29,7 +32,8 @@ from ensemble_distill.mixture import Mixture
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
-from ensemble_distill.sources.views import render
+from ensemble_distill.sources.mixing import Partners, mixed
+from ensemble_distill.sources.views import AUDIT_ROWS, audited, render
 from ensemble_distill.store.caching import CachedStorage
 from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.store import Store, open_store, trust
@@ -37,13 +41,15 @@ from ensemble_distill.targets import Targets
 
 MIN_KEYS = 128 << 20
 COPIES_SIZE = 10_000_000_000
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs as the student shall see them, and what the ensemble said about exactly these.
 
-    inputs: by name, [B, ...]. labels: int64 [B] or None. index: positions in the source, int64 [B].
+    inputs: by name, [B, ...]. labels: int64 [B] or None. index: positions in the source, int64 [B]. partners: where
+    the view mixes samples, with whose row and label, and the shares λ of the samples themselves.
     """
 
     inputs: dict[str, Tensor]
@@ -52,6 +58,7 @@ class Batch:
     keys: np.ndarray
     index: np.ndarray
     view: int
+    partners: Partners | None = None
 
 
 class Cache:
@@ -81,6 +88,7 @@ class Cache:
         self._views = plan.reading.views
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
+        self._views_checked: set[str] = set()
 
     def mixed(self, ensemble: EnsembleConfig) -> Cache:
         """The same cache, whose members are combined as ``ensemble`` says; nothing is read for it.
@@ -240,6 +248,8 @@ class Cache:
         """
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
         view = epoch % min(views or self.parts[split].views, self.parts[split].views)
+        if view > 0 and split not in self._views_checked:
+            self.check_views(source, split)
         order = self.positions(source, split)
         if shuffle:
             order = order[permutation(len(order), seed, epoch)]
@@ -262,6 +272,23 @@ class Cache:
                 hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
         self._views = data.views
+        self._views_checked.clear()
+
+    def check_views(self, source: Source, split: str = "train") -> None:
+        """Refuse views that look otherwise than those that the ensemble saw (Mismatch), by a few samples.
+
+        So a transform is found that was changed under its old name. Of a source whose first samples are others than
+        the cache's, these cannot be compared, and a warning says so. The loader looks once, before it renders.
+        """
+        if split not in self.parts or self.parts[split].views == 1:
+            return
+        rows, expected = self.plan.splits[split].rows, self.plan.capture.audit
+        made = renderings(source, self._views, sorted({entry.view for entry in expected}), rows)
+        same = comparable(expected, made)
+        if len(same) < len(expected):
+            log.warning("the first samples of %s are not the cache's: its views were not compared by pixels", split)
+        refuse_other_pixels(same, comparable(made, same), self.root)
+        self._views_checked.add(split)
 
     def check_labels(self, source: Source, split: str) -> None:
         """Refuse labels that changed since the capture. Another order or size of the source is no change.
@@ -292,7 +319,24 @@ class Cache:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = self.targets_at(rows, view, split=split, taps=taps)
-        return Batch(render_inputs(inputs, keys, self._views, view), labels, targets, keys, index, view)
+        inputs = render_inputs(inputs, keys, self._views, view)
+        inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
+        if partners is not None:
+            self._prove(partners, split, view, rows, index)
+        return Batch(inputs, labels, targets, keys, index, view, partners)
+
+    def _prove(self, partners: Partners, split: str, view: int, rows: np.ndarray, index: np.ndarray) -> None:
+        """Refuse partners that are not those that the ensemble saw (Mismatch): the rows hold the keys of these."""
+        expected = self._arrays(self.plan.group(TARGETS), split, view, rows)[PARTNER][""].numpy()
+        wrong = np.flatnonzero((expected != partners.keys).any(axis=1))
+        if wrong.size:
+            i = int(wrong[0])
+            raise Mismatch(
+                f"the views of {self.root} mix samples, so {split} must be in the captured order: "
+                f"sample {index[i]} was mixed in view {view} with row {partners.rows[i]}, "
+                f"of key {expected[i].tobytes().hex()}, and the source has {partners.keys[i].tobytes().hex()} there",
+                hint="restore the source, or capture it as it is now: ensemble-distill cache PIPELINE --out NEW_DIR",
+            )
 
     def _key_page(self, split: str, page: int) -> np.ndarray:
         if not self.parts[split].pages[page]:
@@ -369,6 +413,17 @@ def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfi
     if view == 0:
         return inputs
     return inputs | {views.input: render(viewed(inputs, views), keys, views, view)}
+
+
+def renderings(source: Source, views: ViewsConfig, numbers: Iterable[int], rows: int) -> tuple[Rendering, ...]:
+    """The first samples in these views as teachers and students are shown them, small; rows: of the captured split."""
+    inputs, _, keys = read(source, np.arange(min(AUDIT_ROWS, len(source))))
+    entries: list[Rendering] = []
+    for view in numbers:
+        shown = render_inputs(inputs, keys, views, view)
+        shown, _ = mixed(shown, keys, source, views, view, rows)
+        entries += map(Rendering.model_validate, audited(viewed(shown, views), keys, view))
+    return tuple(sorted(entries, key=lambda entry: (entry.sample, entry.view)))
 
 
 def viewed(inputs: dict[str, Tensor], views: ViewsConfig) -> Tensor:

@@ -11,18 +11,19 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import FailFast, Field, model_validator
+from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ensemble_distill.codec import AnyCodec, HeadCodec
+from ensemble_distill.cache.renderings import Renderings
+from ensemble_distill.codec import AnyCodec, HeadCodec, PartnerKey
 from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.frozen import Config
 
-TARGETS, MAIN, ROW = "targets", "main", "row"
+TARGETS, MAIN, ROW, PARTNER = "targets", "main", "row", "partner"
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
 MAX_ROWS = 1 << 48
@@ -130,6 +131,15 @@ class Capture(Config):
     batch_size: int
     calibration: Digest | None = None
     tail: Tail | None = None
+    audit: Renderings = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without renderings (of one view there are none) there is no such field: so older plans are what they were."""
+        dumped: dict[str, Any] = handler(self)
+        if not self.audit:
+            dumped.pop("audit", None)
+        return dumped
 
 
 class Calibrated(Config):
@@ -203,6 +213,8 @@ class Plan(Config):
             raise ValueError(
                 f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
             )
+        if self.mixes and not isinstance(self.group(TARGETS).codecs.get(PARTNER), PartnerKey):
+            raise ValueError(f"its views mix samples, and group {TARGETS!r} holds no keys of partners")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
         if rows * max(16, *(group.dtype.itemsize for group in self.groups)) > MAX_SHARD:
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
@@ -291,6 +303,11 @@ class Plan(Config):
         """
         splits = {name: [s.rows, s.views, s.labels] for name, s in self.splits.items()}
         return canonical_json({"reading": self.reading.model_dump(mode="json"), "splits": splits}) + b"\n"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is a view in which samples are mixed with others."""
+        return self.reading.views.mix is not None and any(split.views > 1 for split in self.splits.values())
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)

@@ -66,7 +66,9 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     console.say(f"classes   {len(reading.classes)}: {', '.join(reading.classes[:12])}{more}")
     console.say(f"combine   {reading.combine}, temperature {reading.temperature_after} after averaging")
     transforms = ", ".join(named(t) for t in reading.views.transforms) or "none"
-    console.say(f"views     transforms: {transforms}; seed {reading.views.seed}")
+    mix = reading.views.mix
+    mixed = f"; {mix.kind} (alpha {mix.alpha:g})" if mix else ""
+    console.say(f"views     transforms: {transforms}{mixed}; seed {reading.views.seed}")
     console.table(
         ui.table(
             "members",

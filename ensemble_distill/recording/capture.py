@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem, field_name
-from ensemble_distill.codec import AnyCodec, Features, RowFigures
+from ensemble_distill.codec import AnyCodec, Features, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
@@ -28,9 +29,10 @@ from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
 from ensemble_distill.metrics import count
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
-from ensemble_distill.recording.planning import as_held, refuse_difference
+from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.mixing import Partners, mixed
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
@@ -82,13 +84,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One batch of a work item, read and rendered."""
+    """One batch of a work item, read and rendered. Where samples are mixed, no label is theirs."""
 
     item: WorkItem
     first: int
     inputs: dict[str, Tensor]
     labels: Tensor | None
     keys: np.ndarray
+    partners: Partners | None
     last_of_item: bool
 
 
@@ -175,6 +178,7 @@ class Recorder:
         """Make this the cache's plan; Mismatch if another stands there."""
         digest = self.store.put_plan(self.plan)
         held = self.store.plan(digest, Plan)
+        self.plan = with_held_audit(held, self.plan)
         if held != self.plan:
             # Two workers that plan at once may have measured differently: the first plan decides.
             self.plan = as_held(self.plan, held, self.ensemble.config, self.store)
@@ -243,9 +247,11 @@ class Recorder:
                 yield partial(self._read, item, part, i == count - 1)
 
     def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
-        inputs, labels, keys = read(self.sources[item.split], index)
-        inputs = render_inputs(inputs, keys, self.plan.reading.views, item.view)
-        return _Piece(item, int(index[0]), inputs, labels, keys, last)
+        source, views = self.sources[item.split], self.plan.reading.views
+        inputs, labels, keys = read(source, index)
+        inputs = render_inputs(inputs, keys, views, item.view)
+        inputs, partners = mixed(inputs, keys, source, views, item.view, self.plan.splits[item.split].rows)
+        return _Piece(item, int(index[0]), inputs, None if partners else labels, keys, partners, last)
 
     def _forward(self, piece: _Piece) -> Outputs:
         try:
@@ -309,7 +315,14 @@ class _OpenItem:
         self.keys[part] = piece.keys
         self.missing -= len(piece.keys)
         said = Said(
-            outputs.logprobs, outputs.members, self._shares, piece.labels, piece.keys, self.item.view, outputs.known
+            outputs.logprobs,
+            outputs.members,
+            self._shares,
+            piece.labels,
+            piece.keys,
+            self.item.view,
+            known=outputs.known,
+            partner_keys=piece.partners.keys if piece.partners else None,
         )
         for group in self._groups:
             for head, codec in group.codecs.items():
@@ -322,4 +335,6 @@ def _encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[s
     """The arrays that a codec makes of a batch."""
     if isinstance(codec, Features):
         return {"": features.encode(outputs.features[head])}
+    if isinstance(codec, PartnerKey):
+        return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
     return heads.encode_figures(said) if isinstance(codec, RowFigures) else heads.encode(codec, said)

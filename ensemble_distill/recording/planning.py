@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import read, viewed
+from ensemble_distill.cache.audit import differs, refuse_other_pixels
+from ensemble_distill.cache.cache import read, renderings, viewed
 from ensemble_distill.cache.plan import (
     MAIN,
     MAX_SHARD,
+    PARTNER,
     ROW,
     TARGETS,
     Calibration,
@@ -24,7 +26,8 @@ from ensemble_distill.cache.plan import (
     Split,
     unit_rows,
 )
-from ensemble_distill.codec import Features, RowFigures, resolved
+from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering
+from ensemble_distill.codec import Features, PartnerKey, RowFigures, resolved
 from ensemble_distill.config import CacheConfig, DataConfig, difference, suggestion
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
@@ -62,7 +65,7 @@ def prepare(
     probe = _probe(sources)
     # Resolved once and stored: a resumed capture must not choose anew.
     precision = held.capture.precision if held and config.precision == "auto" else config.precision
-    groups = _groups(ensemble, len(data.classes), probe)
+    groups = _groups(ensemble, len(data.classes), probe, data.views.mix is not None and config.views > 1)
     gives = ensemble.gives or []
     capture = Capture(
         members=tuple(
@@ -79,6 +82,7 @@ def prepare(
         tail=resolved_tail(config, gives),
         precision=ensemble.resolve_precision(precision, probe),
         batch_size=config.batch_size,
+        audit=_audit(data, config, sources),
     )
     if config.calibrate is not None:
         capture = _calibrated(config.calibrate, capture, ensemble, sources, store, held)
@@ -101,6 +105,7 @@ def prepare(
         for name, split in splits.items()
     }
     plan = Plan(reading=reading, capture=capture, format=config.format, splits=sized, groups=groups)
+    plan = with_held_audit(held, plan) if held is not None else plan
     if held is not None and held != plan:
         if next(store.committed(), None) is not None or leases.live():
             refuse_difference(held, plan, store.root)
@@ -147,14 +152,24 @@ def existing_plan(store: Store) -> Plan | None:
     return store.plan(digest, Plan) if digest else None
 
 
+def with_held_audit(held: Plan, plan: Plan) -> Plan:
+    """The plan with the renderings that are held, unless they differ by more than a machine's last bits.
+
+    Those of a plan from before there were renderings are none, and stay none.
+    """
+    if held.capture.audit and differs(held.capture.audit, plan.capture.audit):
+        return plan
+    return plan.model_copy(update={"capture": plan.capture.model_copy(update={"audit": held.capture.audit})})
+
+
 def refuse_difference(held: Plan, plan: Plan, where: str) -> None:
-    """Mismatch if a directory was begun with another plan."""
-    old_plan, new_plan = held.model_dump(mode="json"), plan.model_dump(mode="json")
+    """Mismatch if a directory was begun with another plan, or with views that look otherwise."""
+    old_plan, new_plan = (p.model_dump(mode="json", exclude={"capture": {"audit"}}) for p in (held, plan))
     # Another number of rows changes the labels' digest and the unit size too: say the cause.
     rows = [{"splits": {n: {"rows": s["rows"]} for n, s in p["splits"].items()}} for p in (old_plan, new_plan)]
     hit = difference(rows[0], rows[1]) or difference(old_plan, new_plan)
     if hit is None:
-        return
+        return refuse_other_pixels(held.capture.audit, plan.capture.audit, where)
     field, old, new = hit
     raise Mismatch(
         f"{where} was begun with {field} = {_short(old)}, this run says {_short(new)}",
@@ -168,10 +183,10 @@ def _short(value: Any) -> str:
 
 
 def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
-    if config.views > 1 and not data.views.transforms:
+    if config.views > 1 and not data.views.transforms and data.views.mix is None:
         raise UsageError(
             f"{config.views} views were asked for, but data() has no transforms: they would all be the same",
-            hint="give ViewsConfig some transforms, or drop --views",
+            hint="give ViewsConfig some transforms or mix, or drop --views",
         )
     for name, source in sources.items():
         if len(source) == 0:
@@ -186,6 +201,13 @@ def _check_views(data: DataConfig, config: CacheConfig, sources: Mapping[str, So
         check_deterministic(viewed(inputs, data.views), keys, data.views)
 
 
+def _audit(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> tuple[Rendering, ...]:
+    if config.views == 1 or "train" not in sources:
+        return ()
+    source = sources["train"]
+    return renderings(source, data.views, range(min(config.views, AUDIT_VIEWS)), len(source))
+
+
 def _rows(name: str, source: Source, views: int) -> Split:
     labels = None if source.labels is None else array_digest(source.labels)
     return Split(rows=len(source), views=views if name == "train" else 1, unit_rows=1, labels=labels)
@@ -197,12 +219,13 @@ def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
 
 
-def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor]) -> tuple[Group, ...]:
+def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor], mixes: bool) -> tuple[Group, ...]:
     try:
         main = resolved(ensemble.config.codec, classes, tuple(ensemble.names))
     except ValueError as error:
         raise UsageError(f"cache().codec: {error}", hint=f"keep at most {classes}, or use the codec dense") from error
-    groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures()})]
+    partner = {PARTNER: PartnerKey()} if mixes else {}
+    groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures(), **partner})]
     try:
         features = ensemble.look({name: x[:2] for name, x in probe.items()})
     except InvalidRow as error:

@@ -179,6 +179,14 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     return torch.stack(channels, 1)
 
 
+def mixup(images: Tensor, others: Tensor, lam: Tensor) -> Tensor:
+    """lam · images + (1 − lam) · others: lam float64 [B], multiples of 2⁻¹⁶, which every dtype here holds exactly."""
+    lam = lam[:, None, None, None]
+    mine, theirs = _working(images, "Mixup"), _working(others, "Mixup")
+    own, rest = (share.to(mine.device, mine.dtype) for share in (lam, 1 - lam))
+    return _as(images, (mine * own).add_(theirs * rest))
+
+
 def _working(images: Tensor, name: str) -> Tensor:
     """The images as float32, or float64 if they are that."""
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:

@@ -37,6 +37,7 @@ MAX_SLOTS = 1024
 ALONE_ROWS = 8
 AUDIT_ROWS = 4
 AUDIT_CELLS = 8
+AUDIT_CHANNELS = 64
 
 
 def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
@@ -200,8 +201,9 @@ def audit(images: Tensor, keys: np.ndarray, config: ViewsConfig, views: Sequence
     """A compact rendering of the first samples (at most 4) in some views, small enough for JSON.
 
     Each entry is a view of a sample: its position in the batch, its key in hex, the view's number, and the image
-    pooled to at most 8×8 cells a channel (adaptive average), in levels of 0..255: ``shape`` [C, h, w], ``cells`` in
-    hex. Floating images are taken to lie in [0, 1], integers to fill their type. View 0 is the sample as it is.
+    (its first 64 channels) pooled to at most 8×8 cells a channel (adaptive average), in levels of 0..255: ``shape``
+    [C, h, w], ``cells`` in hex. Floating images are taken to lie in [0, 1], integers to fill their type. View 0 is the
+    sample as it is.
 
     Whoever renders the same samples with the same configuration later, on another machine or with another version,
     finds by ``audit_differs`` whether the pixels are still those that the ensemble saw. A transform whose function
@@ -209,15 +211,27 @@ def audit(images: Tensor, keys: np.ndarray, config: ViewsConfig, views: Sequence
     """
     images, keys, entries = images[:AUDIT_ROWS], keys[:AUDIT_ROWS], []
     for view in views:
-        cells = _pooled_levels(images if view == 0 else render(images, keys, config, view))
-        for sample, levels in enumerate(cells):
-            entry = {"sample": sample, "key": keys[sample].tobytes().hex(), "view": view}
-            entries.append(entry | {"shape": list(levels.shape), "cells": levels.numpy().tobytes().hex()})
+        entries += audited(images if view == 0 else render(images, keys, config, view), keys, view)
     return sorted(entries, key=lambda entry: (entry["sample"], entry["view"]))
 
 
+def audited(rendered: Tensor, keys: np.ndarray, view: int) -> list[dict[str, Any]]:
+    """The entries of ``audit`` for images [B, C, H, W] that have been rendered."""
+    return [
+        {
+            "sample": sample,
+            "key": keys[sample].tobytes().hex(),
+            "view": view,
+            "shape": list(levels.shape),
+            "cells": levels.numpy().tobytes().hex(),
+        }
+        for sample, levels in enumerate(_pooled_levels(rendered))
+    ]
+
+
 def _pooled_levels(images: Tensor) -> Tensor:
-    """uint8 [B, C, h, w] with h, w at most AUDIT_CELLS."""
+    """uint8 [B, C, h, w] with h, w at most AUDIT_CELLS, of at most AUDIT_CHANNELS channels."""
+    images = images[:, :AUDIT_CHANNELS]
     white = 1 if images.dtype.is_floating_point or images.dtype == torch.bool else torch.iinfo(images.dtype).max
     height, width = (min(AUDIT_CELLS, length) for length in images.shape[2:])
     pooled = torch.nn.functional.adaptive_avg_pool2d(images.cpu().double(), (height, width))

@@ -11,7 +11,7 @@ from ensemble_distill.cache.cache import Batch, Cache
 from ensemble_distill.config import FeatureMatch, HardLabels, SoftTargets, Term, TrainConfig
 from ensemble_distill.device import Resolved
 from ensemble_distill.errors import UsageError
-from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, soft_targets
+from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, mixed_labels, soft_targets
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.taps import Taps
 from ensemble_distill.targets import Targets
@@ -80,8 +80,7 @@ class Objective(nn.Module):
         if isinstance(term, SoftTargets):
             return soft_targets(logits, targets, term.temperature, weights)
         if isinstance(term, HardLabels):
-            assert batch.labels is not None
-            return hard_labels(logits, batch.labels.to(logits.device), term.label_smoothing, weights)
+            return _labels(logits, batch, term.label_smoothing, weights)
         feature = features[term.module]
         if name in self.adapters:
             feature = self.adapters[name](feature)
@@ -99,3 +98,14 @@ def row_weights(weights: object, targets: Targets) -> Tensor:
             hint="clamp it, and mind that a row without a label has label_logprob NaN",
         )
     return weights.detach().float()
+
+
+def _labels(logits: Tensor, batch: Batch, label_smoothing: float, weights: Tensor | None) -> Tensor:
+    """Cross-entropy with the labels of a batch; where its samples are mixed, with both labels by their shares."""
+    assert batch.labels is not None
+    labels, partners = batch.labels.to(logits.device), batch.partners
+    if partners is None:
+        return hard_labels(logits, labels, label_smoothing, weights)
+    assert partners.labels is not None
+    others, lam = partners.labels.to(logits.device), partners.lam.to(logits.device)
+    return mixed_labels(logits, labels, others, lam, label_smoothing, weights)

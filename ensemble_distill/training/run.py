@@ -107,6 +107,7 @@ class Run:
                 hint="ask for no more, or append views to the cache",
             )
         self.data, self.config, self.sources, self.cache = data, config, sources, cache
+        cache.check_views(sources["train"], "train")
         self.rows = len(cache.positions(sources["train"], "train"))
         if cache.partial:
             log.warning("%s is not complete: trained on %d of %d samples", cache.root, self.rows, len(sources["train"]))

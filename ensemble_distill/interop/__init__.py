@@ -1,0 +1,1 @@
+"""Other people's libraries, each in a file of its own and an extra."""
