@@ -12,7 +12,7 @@ from conftest import Cli, flip, shard_of
 
 import ensemble_distill as ed
 
-COMMANDS = ["cache", "train", "evaluate", "inspect", "verify"]
+COMMANDS = ["plan", "cache", "train", "evaluate", "inspect", "verify"]
 
 
 def losses(run: Path) -> list[object]:

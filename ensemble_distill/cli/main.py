@@ -15,6 +15,7 @@ import click
 from ensemble_distill.cli.options import version
 
 COMMANDS = {
+    "plan": "Show what a capture would take, with each codec.",
     "cache": "Run the teachers once and write what they said.",
     "train": "Train a student from a cache.",
     "evaluate": "Score a run's student.",

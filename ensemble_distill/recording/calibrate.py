@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.cache import read
-from ensemble_distill.cache.plan import Calibrated, Calibration, Capture, Worth
+from ensemble_distill.cache.plan import Calibrated, Calibration, MemberIdentity, Worth
 from ensemble_distill.calibration import fit_temperature
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble
@@ -24,7 +24,7 @@ MOST_VALUES = 1 << 28
 KEYS = 4096
 
 
-def calibrated_on(ensemble: Ensemble, source: Source, split: str, capture: Capture) -> Calibrated:
+def calibrated_on(ensemble: Ensemble, source: Source, split: str, members: tuple[MemberIdentity, ...]) -> Calibrated:
     """The rows of a split that temperatures are fitted on: all of them, or the first that fit into memory."""
     if source.labels is None:
         raise UsageError(f"calibrate={split!r}: it has no labels", hint="name a split with labels")
@@ -33,7 +33,7 @@ def calibrated_on(ensemble: Ensemble, source: Source, split: str, capture: Captu
     for first in range(0, rows, KEYS):
         keys.update(source.load(np.arange(first, min(rows, first + KEYS))).keys.tobytes())
     return Calibrated(
-        members=capture.members,
+        members=members,
         combine=ensemble.config.combine,
         split=split,
         rows=rows,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem, field_name
 from ensemble_distill.codec import AnyCodec, Features, PartnerKey, RowFigures
@@ -31,8 +30,8 @@ from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.seal import seal
+from ensemble_distill.recording.shown import Shown, show
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.sources.mixing import Partners, mixed
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
@@ -84,14 +83,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One batch of a work item, read and rendered. Where samples are mixed, no label is theirs."""
+    """One batch of a work item."""
 
     item: WorkItem
     first: int
-    inputs: dict[str, Tensor]
-    labels: Tensor | None
-    keys: np.ndarray
-    partners: Partners | None
+    shown: Shown
     last_of_item: bool
 
 
@@ -219,7 +215,7 @@ class Recorder:
                 with memory_errors(self.plan.capture.batch_size):
                     opened.add(piece, self._forward(piece))
                 progress.seconds["teachers"] += time.perf_counter() - start
-                progress.rows += len(piece.keys)
+                progress.rows += len(piece.shown.keys)
                 if piece.last_of_item:
                     self._finish(pending)
                     pending, opened = writer.submit(self._commit, opened), None
@@ -247,20 +243,16 @@ class Recorder:
                 yield partial(self._read, item, part, i == count - 1)
 
     def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
-        source, views = self.sources[item.split], self.plan.reading.views
-        inputs, labels, keys = read(source, index)
-        inputs = render_inputs(inputs, keys, views, item.view)
-        inputs, partners = mixed(inputs, keys, source, views, item.view, self.plan.splits[item.split].rows)
-        return _Piece(item, int(index[0]), inputs, None if partners else labels, keys, partners, last)
+        return _Piece(item, int(index[0]), show(self.sources[item.split], self.plan, item, index), last)
 
     def _forward(self, piece: _Piece) -> Outputs:
         try:
-            return self.ensemble(piece.inputs)
+            return self.ensemble(piece.shown.inputs)
         except InvalidRow as error:
             raise InvalidOutput(
                 f"{error} for sample {piece.first + error.row} of {piece.item.split} "
-                f"(view {piece.item.view}, key {piece.keys[error.row].tobytes().hex()}, "
-                f"batch of rows {piece.first}–{piece.first + len(piece.keys) - 1}); "
+                f"(view {piece.item.view}, key {piece.shown.keys[error.row].tobytes().hex()}, "
+                f"batch of rows {piece.first}–{piece.first + len(piece.shown.keys) - 1}); "
                 f"nothing of its unit is committed",
                 hint=error.hint or f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
@@ -311,24 +303,24 @@ class _OpenItem:
 
     def add(self, piece: _Piece, outputs: Outputs) -> None:
         start = piece.first - self.item.first
-        part = slice(start, start + len(piece.keys))
-        self.keys[part] = piece.keys
-        self.missing -= len(piece.keys)
+        part = slice(start, start + len(piece.shown.keys))
+        self.keys[part] = piece.shown.keys
+        self.missing -= len(piece.shown.keys)
         said = Said(
             outputs.logprobs,
             outputs.members,
             self._shares,
-            piece.labels,
-            piece.keys,
+            piece.shown.labels,
+            piece.shown.keys,
             self.item.view,
             known=outputs.known,
-            partner_keys=piece.partners.keys if piece.partners else None,
+            partner_keys=piece.shown.partner_keys,
         )
         for group in self._groups:
             for head, codec in group.codecs.items():
                 for name, values in _encoded(codec, head, said, outputs).items():
                     self.records[group.name][field_name(head, name)][part] = values.cpu().numpy()
-        count(self.tally, [*outputs.members, outputs.logprobs], piece.labels)
+        count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels)
 
 
 def _encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:

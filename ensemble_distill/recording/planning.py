@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from ensemble_distill.cache.plan import (
     Split,
     unit_rows,
 )
-from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering
+from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering, Renderings
 from ensemble_distill.codec import Features, PartnerKey, RowFigures, resolved
-from ensemble_distill.config import CacheConfig, DataConfig, difference, suggestion
+from ensemble_distill.config import CacheConfig, DataConfig, Precision, difference, suggestion
+from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
@@ -44,6 +46,24 @@ from ensemble_distill.store.store import Store
 PROBE_ROWS = 128
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a plan is made of beside the configuration: read, loaded or measured once.
+
+    widths: of each tap's feature, by its field. temperatures: the members', and the ensemble's. calibration: the digest
+    of the record that they come from, if any.
+    """
+
+    data: DataConfig
+    members: tuple[MemberIdentity, ...]
+    precision: Resolved
+    splits: Mapping[str, Split]
+    widths: Mapping[str, int]
+    temperatures: tuple[tuple[float, ...], float]
+    audit: Renderings
+    calibration: str | None = None
+
+
 def prepare(
     data: DataConfig,
     config: CacheConfig,
@@ -56,55 +76,13 @@ def prepare(
 
     Raises Mismatch where the directory holds another plan, naming the first field that differs.
     """
-    _check(data, config, sources)
-    _check_views(data, config, sources)
-    members = [load_member(member) for member in config.members]
-    ensemble = Ensemble(members, config, len(data.classes), devices)
     held = existing_plan(store)
-    splits = {name: _rows(name, source, config.views) for name, source in sources.items()}
-    probe = _probe(sources)
     # Resolved once and stored: a resumed capture must not choose anew.
     precision = held.capture.precision if held and config.precision == "auto" else config.precision
-    groups = _groups(ensemble, len(data.classes), probe, data.views.mix is not None and config.views > 1)
-    gives = ensemble.gives or []
-    capture = Capture(
-        members=tuple(
-            MemberIdentity(
-                name=m.config.name,
-                weights=m.weights,
-                structure=m.structure,
-                version=m.config.version,
-                share=share,
-                gives=kind,
-            )
-            for m, share, kind in zip(members, config.shares, gives, strict=True)
-        ),
-        tail=resolved_tail(config, gives),
-        precision=ensemble.resolve_precision(precision, probe),
-        batch_size=config.batch_size,
-        audit=_audit(data, config, sources),
-    )
+    pieces, ensemble = load_pieces(data, config, sources, devices, precision)
     if config.calibrate is not None:
-        capture = _calibrated(config.calibrate, capture, ensemble, sources, store, held)
-    reading = Reading(
-        classes=data.classes,
-        heads={"main": len(data.classes)},
-        combine=config.combine,
-        temperature_before=ensemble.temperatures,
-        temperature_after=ensemble.temperature,
-        views=data.views,
-    )
-    widest = max(group.dtype.itemsize for group in groups)
-    if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
-        raise UsageError(
-            f"unit_rows={config.unit_rows} makes units of {config.unit_rows * widest / 1e6:.0f} MB",
-            hint=f"at most {MAX_SHARD // max(16, widest)} rows fit in one; or leave it out",
-        )
-    sized = {
-        name: split.model_copy(update={"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
-        for name, split in splits.items()
-    }
-    plan = Plan(reading=reading, capture=capture, format=config.format, splits=sized, groups=groups)
+        pieces = _calibrated(pieces, config, ensemble, sources, store, held)
+    plan = make_plan(pieces, config)
     plan = with_held_audit(held, plan) if held is not None else plan
     if held is not None and held != plan:
         if next(store.committed(), None) is not None or leases.live():
@@ -134,17 +112,106 @@ def _calibration(plan: Plan | None, store: Store) -> Calibration | None:
 
 
 def _calibrated(
-    split: str, capture: Capture, ensemble: Ensemble, sources: Mapping[str, Source], store: Store, held: Plan | None
-) -> Capture:
+    pieces: Pieces,
+    config: CacheConfig,
+    ensemble: Ensemble,
+    sources: Mapping[str, Source],
+    store: Store,
+    held: Plan | None,
+) -> Pieces:
     """Fit the ensemble's temperatures, or take those that were fitted on the same rows when this capture began."""
+    split = str(config.calibrate)
     if split not in sources:
         raise UsageError(f"calibrate={split!r}: there is no such split{suggestion(split, sources)}")
-    on = calibrated_on(ensemble, sources[split], split, capture)
+    on = calibrated_on(ensemble, sources[split], split, pieces.members)
     record = _calibration(held, store)
     if record is None or record.on != on:
-        record = calibrate(ensemble, sources[split], on, capture.batch_size)
+        record = calibrate(ensemble, sources[split], on, config.batch_size)
     ensemble.temper(record.temperature_before, record.temperature_after)
-    return capture.model_copy(update={"calibration": store.put_calibration(record)})
+    return replace(
+        pieces,
+        temperatures=(record.temperature_before, record.temperature_after),
+        calibration=store.put_calibration(record),
+    )
+
+
+def load_pieces(
+    data: DataConfig,
+    config: CacheConfig,
+    sources: Mapping[str, Source],
+    devices: Sequence[torch.device],
+    precision: Precision,
+) -> tuple[Pieces, Ensemble]:
+    """The pieces of a plan, and the ensemble: the members are loaded and see one batch, ``auto`` is decided.
+
+    Raises UsageError for an empty source, and for views that are none; what loading a member raises.
+    """
+    _check(data, config, sources)
+    _check_views(data, config, sources)
+    members = [load_member(member) for member in config.members]
+    ensemble = Ensemble(members, config, len(data.classes), devices)
+    probe = _probe(sources)
+    widths = _widths(ensemble, probe)
+    gives = ensemble.gives or []
+    pieces = Pieces(
+        data=data,
+        members=tuple(
+            MemberIdentity(
+                name=m.config.name,
+                weights=m.weights,
+                structure=m.structure,
+                version=m.config.version,
+                share=share,
+                gives=kind,
+            )
+            for m, share, kind in zip(members, config.shares, gives, strict=True)
+        ),
+        precision=ensemble.resolve_precision(precision, probe),
+        splits={name: _rows(name, source, config.views) for name, source in sources.items()},
+        widths=widths,
+        temperatures=(ensemble.temperatures, ensemble.temperature),
+        audit=_audit(data, config, sources),
+    )
+    return pieces, ensemble
+
+
+def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
+    """The plan that a configuration gives, from what was loaded for it (or for one with another codec or format).
+
+    Raises UsageError for a codec that keeps more classes than there are, and for units that are too large.
+    """
+    classes = pieces.data.classes
+    groups = _groups(config, len(classes), pieces.widths, pieces.data.views.mix is not None and config.views > 1)
+    widest = max(group.dtype.itemsize for group in groups)
+    if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
+        raise UsageError(
+            f"unit_rows={config.unit_rows} makes units of {config.unit_rows * widest / 1e6:.0f} MB",
+            hint=f"at most {MAX_SHARD // max(16, widest)} rows fit in one; or leave it out",
+        )
+    return Plan(
+        reading=Reading(
+            classes=classes,
+            heads={"main": len(classes)},
+            combine=config.combine,
+            temperature_before=pieces.temperatures[0],
+            temperature_after=pieces.temperatures[1],
+            views=pieces.data.views,
+        ),
+        capture=Capture(
+            members=pieces.members,
+            precision=pieces.precision,
+            batch_size=config.batch_size,
+            calibration=pieces.calibration,
+            tail=resolved_tail(config, [member.gives for member in pieces.members]),
+            audit=pieces.audit,
+        ),
+        format=config.format,
+        splits={
+            name: split.model_copy(update={"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
+            for name, split in pieces.splits.items()
+        },
+        groups=groups,
+    )
 
 
 def existing_plan(store: Store) -> Plan | None:
@@ -219,19 +286,23 @@ def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
 
 
-def _groups(ensemble: Ensemble, classes: int, probe: Mapping[str, Tensor], mixes: bool) -> tuple[Group, ...]:
-    try:
-        main = resolved(ensemble.config.codec, classes, tuple(ensemble.names))
-    except ValueError as error:
-        raise UsageError(f"cache().codec: {error}", hint=f"keep at most {classes}, or use the codec dense") from error
-    partner = {PARTNER: PartnerKey()} if mixes else {}
-    groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures(), **partner})]
+def _widths(ensemble: Ensemble, probe: Mapping[str, Tensor]) -> dict[str, int]:
+    """The width of each tap, by field, from two rows."""
     try:
         features = ensemble.look({name: x[:2] for name, x in probe.items()})
     except InvalidRow as error:
         message = f"{error} for sample {error.row} of the first source; nothing is committed"
         raise InvalidOutput(message, hint=error.hint) from error
-    for tap in ensemble.config.taps:
-        width = features[tap.field].shape[1]
-        groups.append(Group.of(f"tap.{tap.member}.{tap.module}", {tap.field: Features(width=width)}))
+    return {field: feature.shape[1] for field, feature in features.items()}
+
+
+def _groups(config: CacheConfig, classes: int, widths: Mapping[str, int], mixes: bool) -> tuple[Group, ...]:
+    try:
+        main = resolved(config.codec, classes, tuple(member.name for member in config.members))
+    except ValueError as error:
+        raise UsageError(f"cache().codec: {error}", hint=f"keep at most {classes}, or use the codec dense") from error
+    partner = {PARTNER: PartnerKey()} if mixes else {}
+    groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures(), **partner})]
+    for tap in config.taps:
+        groups.append(Group.of(f"tap.{tap.member}.{tap.module}", {tap.field: Features(width=widths[tap.field])}))
     return tuple(groups)
