@@ -207,10 +207,14 @@ def test_a_member_says_one_kind_of_thing_throughout() -> None:
         one({"x": torch.zeros(5, 1)})
 
 
-def test_precision_is_not_measured_on_what_is_no_module() -> None:
+def test_precision_is_not_measured_on_what_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    one = ensemble({"a": lambda x: calls.append(1) or torch.zeros(len(x), 2)}, 2)
-    assert one.resolve_precision("auto", {"x": torch.zeros(4, 1)}) == "fp32" and not calls
+    function = ed.Member(name="a", build=lambda: lambda x: calls.append(1) or torch.zeros(len(x), 2), version="1")
+    config = ed.CacheConfig(members=(function, ed.Member(name="net", build=lambda: nn.Linear(1, 2))))
+    one = Ensemble([load_member(m) for m in config.members], config, 2, [CPU])
+    assert one.resolve_precision("auto", {"x": torch.zeros(4, 1)}) in ("fp32", "bf16") and not calls
+    monkeypatch.setattr("ensemble_distill.ensemble.ensemble.choose_precision", lambda choice, *rest: choice)
+    assert ensemble({"a": lambda x: torch.zeros(len(x), 2)}, 2).resolve_precision("auto", {}) == "fp32"
 
 
 # Through the command line ------------------------------------------------------------------------------
