@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from small import a_plan
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan
-from ensemble_distill.cache.plan import Plan
+from ensemble_distill.cache.plan import Capture, MemberIdentity, Plan
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.store import records
@@ -48,7 +48,7 @@ class Simulated:
         self._lock = threading.Lock()
         self.keys = bytes(16)
         self.plan_digest = ""
-        tally = Tally.empty(["a", "b", "ensemble"]).state()
+        tally = Tally.empty(plan.predictors, len(plan.reading.classes)).state()
         self._template = Commit(
             plan="P", unit="U", object="0" * 64 + ".h5", size=1000, rows=1, segments=(), blocks=("0" * 64,),
             content="0" * 64, keys=sha256(self.keys), statistics=tally, provenance={"time": "2026", "device": "cpu"},
@@ -128,7 +128,9 @@ def measure(units: int, folder: Path) -> dict[str, str | float]:
 
 
 def plan_and_count(rows: int, views: int) -> Plan:
-    plan = a_plan(rows=rows, unit_rows=1, views=views)
+    members = tuple(MemberIdentity(name=name, weights="", structure="", share=1.0) for name in "ab")
+    capture = Capture(members=members, precision="fp32", batch_size=4)
+    plan = a_plan(rows=rows, unit_rows=1, views=views).model_copy(update={"capture": capture})
     assert sum(1 for _ in plan.items()) == plan.item_count
     return plan
 

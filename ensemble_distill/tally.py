@@ -1,6 +1,7 @@
 """Sums over rows that say what predictors are worth and how they differ; they add up over units. No torch.
 
 So a capture that was resumed, or shared by many workers, reports the same, and a cache can be sealed without torch.
+Formulas and units: docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -12,68 +13,192 @@ from typing import Any
 import numpy as np
 
 BINS = 15
+ENTROPY_BINS = 20
+# Pairs, classes and bins by predictor are kept where they are no more numbers than this.
+MAX_NUMBERS = 2000
+# What one number of a unit takes in JSON at most, with its comma.
+COUNT_BYTES, SUM_BYTES = 16, 25
+MAX_STATE_BYTES = 1 << 19  # half of what a commit may take
+
+FIDELITY = ("rows", "kl_rows", "kl", "total_variation", "agreement", "angle_rows", "angle", "means", "mean_angle")
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
 class Tally:
-    """Sums over rows for several predictors (members first, the ensemble last), all float64.
+    """Sums over rows for several predictors (members first, the ensemble last), by name; see ``_counts``, ``_sums``.
 
-    correct, nll: [P]. bins: [P, BINS, 3], by confidence: rows, sum of confidence, correct.
-    disagree: [P, P], rows on which two predictors name different classes. labelled: rows with labels.
+    classes: of the predictions; 0 leaves out what is summed by class. sums: int64 and float64.
     """
 
     names: tuple[str, ...]
-    rows: int
-    labelled: int
-    correct: np.ndarray
-    nll: np.ndarray
-    bins: np.ndarray
-    disagree: np.ndarray
-
-    SUMS = ("correct", "nll", "bins", "disagree")
+    classes: int
+    sums: dict[str, np.ndarray]
 
     @classmethod
-    def empty(cls, names: Sequence[str]) -> Tally:
-        p = len(names)
-        return cls(tuple(names), 0, 0, *(np.zeros(shape) for shape in ((p,), (p,), (p, BINS, 3), (p, p))))
+    def empty(cls, names: Sequence[str], classes: int = 0) -> Tally:
+        counts, sums = _counts(len(names), classes), _sums(len(names), classes)
+        zeros = {name: np.zeros(shape, np.int64) for name, shape in counts.items()}
+        return cls(tuple(names), classes, zeros | {name: np.zeros(shape) for name, shape in sums.items()})
 
-    def report(self) -> dict[str, Any]:
-        """accuracy, nll (nats), ece, agreement with the ensemble by predictor; disagreement over pairs of members."""
-        members = len(self.names) - 1
-        pairs = max(1, members * (members - 1))
-        inner = float(self.disagree[:members, :members].sum())
-        result: dict[str, Any] = {"rows": self.rows, "disagreement": inner / pairs / max(1, self.rows)}
-        if self.labelled:
-            result["predictors"] = {
-                name: {
-                    "accuracy": float(self.correct[i]) / self.labelled,
-                    "nll": float(self.nll[i]) / self.labelled,
-                    "ece": calibration_error(self.bins[i]),
-                    "agreement": 1 - float(self.disagree[i, -1]) / max(1, self.rows),
-                }
-                for i, name in enumerate(self.names)
-            }
-        return result
+    def add(self, name: str, value: Any) -> None:
+        """Add to one of the sums; ``value`` has its shape."""
+        self.sums[name] += np.asarray(value, self.sums[name].dtype).reshape(self.sums[name].shape)
+
+    def holds(self, name: str) -> bool:
+        return self.sums[name].size > 0
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Add what the ``state`` of other tallies says; many at once, for there may be a million.
 
-        ValueError where they are of other predictors.
+        ValueError where they are of other predictors or classes.
         """
         names = list(self.names)
         if any(state["names"] != names for state in states):
             raise ValueError(f"expected predictors {names}")
-        self.rows += sum(state["rows"] for state in states)
-        self.labelled += sum(state["labelled"] for state in states)
-        for name in self.SUMS:
-            sums = getattr(self, name)
-            sums += np.array([state[name] for state in states]).sum(0)
+        for name, held in self.sums.items():
+            found = np.array([state[name] for state in states])
+            if held.size and found.shape != (len(states), held.size):
+                raise ValueError(f"expected {held.size} numbers of {name}")
+            if held.size:
+                held += found.sum(0).reshape(held.shape)
 
     def state(self) -> dict[str, Any]:
-        sums = {name: getattr(self, name).tolist() for name in self.SUMS}
-        return {"names": list(self.names), "rows": self.rows, "labelled": self.labelled, **sums}
+        return {"names": list(self.names), **{name: held.reshape(-1).tolist() for name, held in self.sums.items()}}
+
+    def report(self) -> dict[str, Any]:
+        """What the sums say, by name as docs/statistics.md has it; what needs labels is left out without them."""
+        rows, members = max(1, int(self.sums["rows"][0])), len(self.names) - 1
+        result: dict[str, Any] = {
+            "rows": int(self.sums["rows"][0]),
+            "names": list(self.names),
+            "disagreement": float(self.sums["apart"][0]) / max(1, members * (members - 1) // 2) / rows,
+            "mutual_information": max(0.0, float(self.sums["mutual_information"][0])) / rows,  # rounding
+            "entropy_histogram": self.sums["entropy_histogram"].tolist(),
+            "predictors": {name: self._predictor(i) for i, name in enumerate(self.names)},
+        }
+        if self.holds("pairs"):
+            result["pairs"] = (_square(self.sums["pairs"], len(self.names)) / rows).tolist()
+        if self.sums["fidelity"][0]:
+            result["fidelity"] = _fidelity(self.sums["fidelity"])
+        return result | (self._against_labels() if self.sums["labelled"][0] else {})
+
+    def _predictor(self, i: int) -> dict[str, Any]:
+        """The figures of one predictor."""
+        sums, rows, labelled = self.sums, max(1, int(self.sums["rows"][0])), int(self.sums["labelled"][0])
+        result: dict[str, Any] = {
+            "agreement": 1 - float(sums["differs"][i]) / rows,
+            "entropy": float(sums["entropy"][i]) / rows,
+        }
+        if labelled:
+            bins = np.stack([sums["bin_rows"][i], sums["bin_confidence"][i], sums["bin_correct"][i]], axis=1)
+            result |= {
+                "accuracy": float(sums["correct"][i]) / labelled,
+                "nll": float(sums["nll"][i]) / labelled,
+                "brier": float(sums["brier"][i]) / labelled,
+                "ece": calibration_error(bins),
+            }
+            if len(self.names) * BINS <= MAX_NUMBERS:
+                result["reliability"] = _reliability(bins)
+        return result
+
+    def _against_labels(self) -> dict[str, Any]:
+        sums, members, labelled = self.sums, self.names[:-1], int(self.sums["labelled"][0])
+        result: dict[str, Any] = {"oracle": float(sums["oracle"][0]) / labelled}
+        if self.holds("leave_one_out"):
+            nll = sums["leave_one_out"] / labelled
+            result["leave_one_out"] = dict(zip(members, nll.tolist(), strict=True))
+        if self.holds("class_rows"):
+            result["classes"] = {
+                "rows": sums["class_rows"].tolist(),
+                "correct": dict(zip(self.names, sums["class_correct"].tolist(), strict=True)),
+                "nll": dict(zip(self.names, sums["class_nll"].tolist(), strict=True)),
+            }
+        return result
+
+
+def _counts(predictors: int, classes: int) -> Shapes:
+    """Numbers of rows. apart: of pairs of members that name different classes. differs: from the ensemble's class."""
+    by_class = classes if predictors * classes <= MAX_NUMBERS else 0
+    return {
+        "rows": (1,),
+        "labelled": (1,),
+        "oracle": (1,),
+        "apart": (1,),
+        "differs": (predictors,),
+        "pairs": (_pairs(predictors),),
+        "entropy_histogram": (ENTROPY_BINS,),
+        "correct": (predictors,),
+        "bin_rows": (predictors, BINS),
+        "bin_correct": (predictors, BINS),
+        "class_rows": (by_class,),
+        "class_correct": (predictors, by_class),
+    }
+
+
+def _sums(predictors: int, classes: int) -> Shapes:
+    """Sums over rows of figures. bin_confidence: by confidence, of it. fidelity: see recording/fidelity.py."""
+    by_class = classes if predictors * classes <= MAX_NUMBERS else 0
+    return {
+        "entropy": (predictors,),
+        "mutual_information": (1,),
+        "nll": (predictors,),
+        "brier": (predictors,),
+        "bin_confidence": (predictors, BINS),
+        "leave_one_out": (predictors - 1 if predictors > 2 and _pairs(predictors) else 0,),
+        "class_nll": (predictors, by_class),
+        "fidelity": (len(FIDELITY),),
+    }
+
+
+def _pairs(predictors: int) -> int:
+    pairs = predictors * (predictors - 1) // 2
+    return pairs if pairs <= MAX_NUMBERS else 0
+
+
+def state_bytes(names: Sequence[str], classes: int) -> int:
+    """The most bytes that the ``state`` of a unit takes as JSON."""
+    counts, sums = _counts(len(names), classes), _sums(len(names), classes)
+    numbers = [sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (counts, sums)]
+    labels = sum(len(name) + 3 for name in names) + sum(len(name) + 6 for name in (*counts, *sums))
+    return numbers[0] * COUNT_BYTES + numbers[1] * SUM_BYTES + labels + 32
 
 
 def calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error of bins [BINS, 3] (Guo et al. 2017, eq. 3)."""
+    """Expected calibration error of bins [BINS, 3]: rows, sum of confidence, correct (Guo et al. 2017, eq. 3)."""
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+
+
+def _reliability(bins: np.ndarray) -> dict[str, list[Any]]:
+    """Rows, mean confidence and accuracy of each bin; null where a bin is empty."""
+    rows, confidence, correct = bins.T.tolist()
+    return {
+        "rows": [int(n) for n in rows],
+        "confidence": [x / n if n else None for n, x in zip(rows, confidence, strict=True)],
+        "accuracy": [x / n if n else None for n, x in zip(rows, correct, strict=True)],
+    }
+
+
+def _square(pairs: np.ndarray, predictors: int) -> np.ndarray:
+    """The symmetric matrix [P, P] of its part above the diagonal, row by row."""
+    matrix = np.zeros((predictors, predictors))
+    matrix[np.triu_indices(predictors, 1)] = pairs
+    return matrix + matrix.T
+
+
+def _fidelity(sums: np.ndarray) -> dict[str, Any]:
+    held = dict(zip(FIDELITY, sums.tolist(), strict=True))
+
+    def mean(name: str, over: str) -> float | None:
+        return held[name] / held[over] if held[over] else None
+
+    kl = mean("kl", "kl_rows")
+    return {
+        "rows": int(held["rows"]),
+        "kl": kl if kl is None else max(0.0, kl),  # rounding
+        "total_variation": mean("total_variation", "rows"),
+        "top1_agreement": mean("agreement", "rows"),
+        "angle": mean("angle", "angle_rows"),
+        "mean_angle": mean("mean_angle", "means"),
+    }

@@ -12,7 +12,7 @@ from conftest import Cli, flip, shard_of
 
 import ensemble_distill as ed
 
-COMMANDS = ["plan", "cache", "train", "evaluate", "inspect", "verify"]
+COMMANDS = ["plan", "cache", "train", "evaluate", "inspect", "audit", "verify"]
 
 
 def losses(run: Path) -> list[object]:

@@ -346,6 +346,13 @@ class Cache:
         commit = self.commits.get(item, self.plan.group(TARGETS))
         return self._store.keys(split, page, commit.keys, item.rows)
 
+    def arrays_at(self, group: Group, rows: np.ndarray, view: int, split: str) -> dict[str, dict[str, Tensor]]:
+        """What stands in the cache for these rows, not decoded: arrays [B, …] by codec and name."""
+        views = self.parts[split].views if split in self.parts else 0
+        if not 0 <= view < views:
+            raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
+        return self._arrays(group, split, view, rows)
+
     def _arrays(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
         """The arrays of a group's rows, [B, …], by codec and name."""
         records = self._rows.gather(group, split, view, rows)

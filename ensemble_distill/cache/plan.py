@@ -22,6 +22,7 @@ from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsCon
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.frozen import Config
+from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 
 TARGETS, MAIN, ROW, PARTNER = "targets", "main", "row", "partner"
 MIN_UNIT_ROWS = 1024
@@ -248,11 +249,29 @@ class Plan(Config):
             number -= split.views * split.pages
         raise IndexError(number)
 
-    def page_bytes(self, units: int) -> int:
-        """The most that a page of a manifest with this many commits may take."""
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """Whom statistics are about: the members, and the ensemble last."""
+        return (*(member.name for member in self.capture.members), "ensemble")
+
+    @property
+    def commit_bytes(self) -> int:
+        """The most that the commit of a unit may take, without its statistics."""
         rows = max(split.unit_rows for split in self.splits.values())
         blocks = min(rows, MAX_SHARD) * self.bytes_per_row >> 20
-        return units * (16384 + 70 * min(blocks, MAX_SHARD >> 20) + 300 * sum(len(g.fields) for g in self.groups)) + 64
+        return 16384 + 70 * min(blocks, MAX_SHARD >> 20) + 300 * sum(len(g.fields) for g in self.groups)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """The most that the statistics of a unit of targets may take."""
+        return state_bytes(self.predictors, len(self.reading.classes))
+
+    def page_bytes(self, units: int) -> int:
+        """The most that a page of a manifest with this many commits may take."""
+        with_statistics = units // len(self.groups) + 1  # units of one item follow each other, and one has them
+        return (
+            units * self.commit_bytes + min(units, with_statistics) * min(self.statistics_bytes, MAX_STATE_BYTES) + 64
+        )
 
     def item_rows(self) -> np.ndarray:
         """Rows of each work item, int64 [items]."""

@@ -13,23 +13,51 @@ from ensemble_distill.cli.options import accepted, expect_digest, quiet, version
 @click.command(name="inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--rows", "keys", multiple=True, metavar="KEY", help="Show the sample whose key begins so (hex); repeatable."
+)
+@click.option(
+    "--worst",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Show the N rows whose label is least likely; without labels, those most disagreed about.",
+)
+@click.option("--split", metavar="NAME", help="Split of these.  [default: all for --rows, else test or the first]")
+@click.option("--view", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="View of these.")
+@click.option("--plot", "picture", metavar="FILE", help="Draw the statistics of a split (png, pdf, svg).")
 @expect_digest
 @accepted("limit", "batch-size", "workers", "device")
 @quiet
 @version
-def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -> None:
-    """Show what a CACHE holds: plan, members, rows, bytes, statistics.
+def command(
+    cache: str,
+    as_json: bool,
+    keys: tuple[str, ...],
+    worst: int | None,
+    split: str | None,
+    view: int,
+    picture: str | None,
+    expect_digest: str | None,
+    quiet: bool,
+) -> None:
+    """Show what a CACHE holds: plan, members, rows, bytes, statistics; or single samples of it.
 
     \b
     Example:
       ensemble-distill inspect caches/fmnist
+      ensemble-distill inspect caches/fmnist --worst 20 --split test
     """
     from ensemble_distill.cache.cache import open_cache
     from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli import rows
+    from ensemble_distill.cli.show import section
     from ensemble_distill.errors import Corrupt
 
     held = open_cache(cache, expect_digest=expect_digest)
     plan, manifest = held.plan, held.manifest()
+    samples, order = _samples(held, keys, worst, split, view)
+    if picture is not None:
+        _plot(held, manifest.statistics, picture, split)
     if as_json:
         calibration = held.calibration()
         report = {
@@ -39,10 +67,22 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
             "plan": plan.model_dump(mode="json"),
             "calibration": calibration and calibration.model_dump(mode="json"),
             **manifest.model_dump(mode="json", include={"units", "rows", "bytes", "statistics", "provenance"}),
+            "fidelity": section(manifest.statistics, "fidelity"),
+            "ensemble": section(manifest.statistics, "ensemble"),
         }
+        if keys or worst:
+            report["samples"] = samples
         click.echo(json.dumps(report, indent=1))
         return
     console = ui.Console(quiet)
+    if keys or worst or picture is not None:
+        if order:
+            console.say(order)
+        for shown in samples:
+            rows.show(console, shown)
+        if picture is not None:
+            console.say(f"drawn: {picture}")
+        return
     try:
         _show(console, held, plan, manifest)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -50,6 +90,38 @@ def command(cache: str, as_json: bool, expect_digest: str | None, quiet: bool) -
             f"{held.root}: its plan or manifest says what no capture writes ({type(error).__name__}: {error})",
             hint="this is no cache of ours: do not use it",
         ) from error
+
+
+def _samples(
+    held: Any, keys: tuple[str, ...], worst: int | None, split: str | None, view: int
+) -> tuple[list[dict[str, Any]], str]:
+    """The samples that were asked for, and in words how they were chosen."""
+    from ensemble_distill.cli import rows
+
+    places, order = rows.find(held, keys, [_split(held, split)] if split else list(held.parts)), ""
+    if worst:
+        chosen, what = rows.worst(held, _split(held, split), view, worst)
+        order = f"{chosen[0][0]}: the {len(chosen)} rows with the {what}"
+        places += chosen
+    return [rows.sample(held, place, view) for place in places], order
+
+
+def _split(held: Any, split: str | None) -> str:
+    """The split that was asked for: ``test``, or else the first, where none was."""
+    from ensemble_distill.config import suggestion
+    from ensemble_distill.errors import UsageError
+
+    chosen = split or ("test" if "test" in held.parts else next(iter(held.parts)))
+    if chosen not in held.parts:
+        raise UsageError(f"{held.root} has no split {chosen!r}{suggestion(chosen, held.parts)}")
+    return chosen
+
+
+def _plot(held: Any, statistics: dict[str, Any], picture: str, split: str | None) -> None:
+    from ensemble_distill.cli.plots import plot
+
+    chosen = _split(held, split)
+    plot(picture, chosen, statistics.get(chosen, {}), held.plan.reading.classes)
 
 
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:

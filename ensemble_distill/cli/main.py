@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "Score a run's student.",
     "fit-weights": "Find the shares of a cache's members that suit the labels best.",
     "inspect": "Show what a cache holds.",
+    "audit": "Run the teachers again on some rows and compare.",
     "verify": "Check every byte of a cache against its hash.",
     "repair": "Drop what is damaged and capture it again.",
     "copy": "Copy a cache to another directory or bucket.",

@@ -10,21 +10,78 @@ from ensemble_distill.cli.console import Console, table
 
 if TYPE_CHECKING:
     from ensemble_distill.cache.plan import Capture
+# Of each predictor: the column's head and how a figure is shown.
+COLUMNS = {
+    "accuracy": ("accuracy", "{:.2%}"),
+    "nll": ("NLL", "{:.4f}"),
+    "ece": ("ECE", "{:.4f}"),
+    "brier": ("Brier", "{:.4f}"),
+    "entropy": ("entropy", "{:.4f}"),
+    "agreement": ("agreement", "{:.2%}"),
+}
 
 
 def show_statistics(console: Console, statistics: Mapping[str, Any]) -> None:
-    """Accuracy, NLL and ECE of members and ensemble on the splits without augmentation, or on all there is."""
+    """The predictors' figures on the splits without augmentation, or on all there is, and what the codec lost."""
     splits = {n: s for n, s in statistics.items() if n != "train"} or dict(statistics)
     for split, figures in splits.items():
-        rows = [
-            [name, f"{v['accuracy']:.2%}", f"{v['nll']:.4f}", f"{v['ece']:.4f}"]
-            for name, v in sorted(figures.get("predictors", {}).items(), key=lambda kv: kv[0] == "ensemble")
-        ]
         title = f"{split}: {figures['rows']:,} rows, members disagree on {figures['disagreement']:.2%}"
-        if rows:
-            console.table(table(title, ["", "accuracy", "NLL", "ECE"], rows))
+        predictors = sorted(figures.get("predictors", {}).items(), key=lambda kv: kv[0] == "ensemble")
+        if predictors and "accuracy" in predictors[0][1]:
+            columns = [name for name in COLUMNS if name in predictors[0][1]]
+            rows = [[name, *(COLUMNS[c][1].format(v[c]) for c in columns)] for name, v in predictors]
+            console.table(table(title, ["", *(COLUMNS[c][0] for c in columns)], rows))
         else:
             console.say(f"{title} (no labels)")
+        if together := _together(figures):
+            console.say(together)
+    _show_fidelity(console, statistics)
+
+
+def section(statistics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """For scripts, by split: ``fidelity``, or the figures of the ``ensemble`` and of its members together."""
+    if name == "fidelity":
+        return {split: figures["fidelity"] for split, figures in statistics.items() if "fidelity" in figures}
+    together = ("disagreement", "mutual_information", "oracle", "leave_one_out")
+    return {
+        split: {key: value for key, value in figures["predictors"]["ensemble"].items() if key in COLUMNS}
+        | {key: figures[key] for key in together if key in figures}
+        for split, figures in statistics.items()
+        if "ensemble" in figures.get("predictors", {})
+    }
+
+
+def _together(figures: Mapping[str, Any]) -> str:
+    """What the members are together: ``mutual information 0.03 nats …``."""
+    parts = [f"mutual information {figures['mutual_information']:.4f} nats"] if "mutual_information" in figures else []
+    if "oracle" in figures:
+        parts.append(f"some member is right on {figures['oracle']:.2%}")
+    if (without := figures.get("leave_one_out")) and len(without) <= 12:
+        parts.append("NLL without " + ", ".join(f"{name} {nll:.4f}" for name, nll in without.items()))
+    return "; ".join(parts)
+
+
+def _show_fidelity(console: Console, statistics: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            split,
+            f"{f['rows']:,}",
+            _figure(f["kl"], ".2g"),
+            _figure(f["total_variation"], ".2g"),
+            _figure(f["top1_agreement"], ".2%"),
+            _figure(f["angle"], ".2f"),
+            _figure(f["mean_angle"], ".2f"),
+        ]
+        for split, f in ((split, figures.get("fidelity")) for split, figures in statistics.items())
+        if f
+    ]
+    columns = ["", "rows", "KL, nats", "total variation", "same top class", "angle, °", "of the mean, °"]
+    if rows:
+        console.table(table("fidelity of the codec, on a sample", columns, rows))
+
+
+def _figure(value: float | None, kind: str) -> str:
+    return "–" if value is None else format(value, kind)
 
 
 def show_calibration(console: Console, calibration: Calibration | None) -> None:

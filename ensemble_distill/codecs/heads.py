@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ensemble_distill.codec import Dense, HeadCodec, Members, Sampled, TopK, VarOpt
 from ensemble_distill.codecs.packing import from_codes, normalised, pack_ids, to_codes, unpack_ids
+from ensemble_distill.metrics import entropy
 from ensemble_distill.mixture import Mixture, combine
 from ensemble_distill.philox import uniforms
 from ensemble_distill.targets import Said, Targets
@@ -95,11 +96,6 @@ def with_figures_of(targets: Targets, codec: HeadCodec, arrays: Mapping[str, Ten
     members = _members_logprobs(codec, arrays, mixture)
     spread = _mutual_information(members, [share for _, share in mixture.shares])
     return replace(targets, entropy=entropy(targets.logprobs), mutual_information=spread)
-
-
-def entropy(logprobs_BC: Tensor) -> Tensor:
-    """−Σ p log p in nats, [B]; classes of probability zero add nothing."""
-    return -(logprobs_BC.exp() * logprobs_BC.masked_fill(logprobs_BC.isneginf(), 0.0)).sum(dim=1)
 
 
 def _mutual_information(members_MBC: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

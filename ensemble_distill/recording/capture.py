@@ -12,22 +12,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ensemble_distill.cache.commits import committed_units
-from ensemble_distill.cache.plan import TARGETS, Plan, WorkItem, field_name
-from ensemble_distill.codec import AnyCodec, Features, PartnerKey, RowFigures
+from ensemble_distill.cache.plan import MAIN, TARGETS, Plan, WorkItem, field_name
+from ensemble_distill.codec import AnyCodec, Features, HeadCodec, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
 from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
 from ensemble_distill.metrics import count
+from ensemble_distill.mixture import Mixture
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
+from ensemble_distill.recording.fidelity import fidelity
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.recording.shown import Shown, show
@@ -95,6 +98,7 @@ class _Piece:
 Stop = Callable[[], float | None]
 
 POLL = 0.5
+FIDELITY_ROWS = 32
 
 
 class Recorder:
@@ -260,6 +264,7 @@ class Recorder:
     def _commit(self, opened: _OpenItem) -> list[Commit]:
         item = opened.item
         keys = self.store.put_keys(item.split, item.page, opened.keys)
+        opened.measure()
         commits = []
         for group in self.plan.groups:
             statistics = opened.tally.state() if group.name == TARGETS else None
@@ -299,7 +304,9 @@ class _OpenItem:
         self.records = {g.name: np.zeros(rows, g.dtype) for g in plan.groups}
         self.keys = np.empty((rows, 16), np.uint8)
         self._shares = [member.share for member in plan.capture.members]
-        self.tally = Tally.empty([*(member.name for member in plan.capture.members), "ensemble"])
+        self._mixture = _mixture(plan)
+        self._uncoded: list[Tensor] = []
+        self.tally = Tally.empty(plan.predictors, len(plan.reading.classes))
 
     def add(self, piece: _Piece, outputs: Outputs) -> None:
         start = piece.first - self.item.first
@@ -318,12 +325,27 @@ class _OpenItem:
         )
         for group in self._groups:
             for head, codec in group.codecs.items():
-                for name, values in _encoded(codec, head, said, outputs).items():
+                for name, values in encoded(codec, head, said, outputs).items():
                     self.records[group.name][field_name(head, name)][part] = values.cpu().numpy()
-        count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels)
+        if start < FIDELITY_ROWS:
+            self._uncoded.append(outputs.logprobs[: FIDELITY_ROWS - start].cpu().clone())
+        count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels, self._mixture)
+
+    def measure(self) -> None:
+        """Add what the codec of the targets lost in the first rows: what stands in the records, decoded."""
+        codec = cast(HeadCodec, next(g for g in self._groups if g.name == TARGETS).codecs[MAIN])
+        uncoded = torch.cat(self._uncoded)
+        held = self.records[TARGETS][: len(uncoded)]
+        arrays = {name: torch.from_numpy(held[field_name(MAIN, name)].copy()) for name in codec.arrays()}
+        self.tally.add("fidelity", fidelity(heads.decode(codec, arrays, self._mixture), uncoded))
 
 
-def _encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
+def _mixture(plan: Plan) -> Mixture:
+    shares = tuple((member.name, member.share) for member in plan.capture.members)
+    return Mixture(shares, plan.reading.combine, plan.reading.temperature_after)
+
+
+def encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
     """The arrays that a codec makes of a batch."""
     if isinstance(codec, Features):
         return {"": features.encode(outputs.features[head])}

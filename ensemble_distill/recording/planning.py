@@ -42,6 +42,7 @@ from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import Store
+from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 
 PROBE_ROWS = 128
 
@@ -254,6 +255,12 @@ def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source])
         raise UsageError(
             f"{config.views} views were asked for, but data() has no transforms: they would all be the same",
             hint="give ViewsConfig some transforms or mix, or drop --views",
+        )
+    names = [*(member.name for member in config.members), "ensemble"]
+    if state_bytes(names, len(data.classes)) > MAX_STATE_BYTES:
+        raise UsageError(
+            f"{len(config.members)} members: their statistics would not fit into the record of a unit",
+            hint="use at most some 400 members; shorter names leave room for a few more",
         )
     for name, source in sources.items():
         if len(source) == 0:

@@ -85,7 +85,7 @@ class _Sealing:
         for split, states in statistics.items():
             try:
                 if split not in self._tallies:
-                    self._tallies[split] = Tally.empty(states[0]["names"])
+                    self._tallies[split] = Tally.empty(self._plan.predictors, len(self._plan.reading.classes))
                 self._tallies[split].merge(states)
             except (ValueError, TypeError, KeyError) as error:
                 raise Corrupt(f"{self._store.root}: statistics of {split} that do not add up ({error})") from error
