@@ -13,7 +13,7 @@ import torch
 import ensemble_distill as ed
 from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sample_keys
-from ensemble_distill.interop.torchvision import from_torchvision
+from ensemble_distill.interop.torchvision import _DRAWING, from_torchvision
 from ensemble_distill.sources.views import check_deterministic, render
 
 
@@ -65,6 +65,40 @@ def test_it_draws_what_torch_draws_under_that_seed() -> None:
         expected = LikeV2()(images[0])
     assert torch.equal(custom.function(images, u)[0], expected)
     assert (custom.name, custom.slots) == ("foreign", 2)
+
+
+HALF = torch.full((9,), 0.5)
+DRAWS: dict[str, Any] = {
+    "bernoulli": lambda: torch.bernoulli(HALF),
+    "multinomial": lambda: torch.multinomial(HALF, 9),
+    "normal": lambda: torch.normal(0.0, 1.0, (9,)),
+    "poisson": lambda: torch.poisson(HALF * 9),
+    "rand": lambda: torch.rand(9),
+    "randint": lambda: torch.randint(0, 99, (9,)),
+    "randn": lambda: torch.randn(9),
+    "randperm": lambda: torch.randperm(9),
+    "bernoulli_": lambda: torch.empty(9).bernoulli_(0.5),
+    "cauchy_": lambda: torch.empty(9).cauchy_(),
+    "exponential_": lambda: torch.empty(9).exponential_(),
+    "geometric_": lambda: torch.empty(9).geometric_(0.1),
+    "log_normal_": lambda: torch.empty(9).log_normal_(),
+    "normal_": lambda: torch.empty(9).normal_(),
+    "random_": lambda: torch.empty(9).random_(0, 99),
+    "uniform_": lambda: torch.empty(9).uniform_(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(_DRAWING))
+def test_each_drawing_function_of_torch_is_seeded(name: str) -> None:
+    def transform(image: torch.Tensor) -> torch.Tensor:
+        return DRAWS[name]().reshape(1, 3, 3).to(image.dtype)
+
+    images, u = torch.zeros(4, 1, 3, 3), torch.rand(4, 2, dtype=torch.float64)
+    state = torch.get_rng_state()
+    function = from_torchvision("foreign", transform).function
+    once, again = function(images, u), function(images, u)
+    assert torch.equal(once, again) and not torch.equal(once[0], once[1])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_global_generator_is_left_alone_and_leaves_alone() -> None:

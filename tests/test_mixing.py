@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from conftest import Cli, load_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from ensemble_distill.sources.pixels import mixup
 from ensemble_distill.sources.views import draw, render
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import open_store
+from ensemble_distill.training.objective import Objective
 
 MIXES: dict[str, Any] = {"mixup": ed.Mixup(alpha=0.7), "cutmix": ed.CutMix(alpha=1.0)}
 CROP = (ed.Flip(), ed.Crop(padding=2))
@@ -281,6 +283,27 @@ def test_both_stages_see_the_same_pixels(kind: str, teachers: Path, tmp_path: Pa
     assert epoch(batch_size=300) == epoch(batch_size=77, workers=3, shuffle=False, seed=5)
     late = epoch(batch_size=300, start=2)
     assert len(late) < 1000 and late.items() <= epoch(batch_size=500).items()
+
+
+def test_the_objective_takes_both_labels_of_mixed_samples(teachers: Path, tmp_path: Path) -> None:
+    pipeline = load_module(teachers / "digits.py")
+    data = with_mix(pipeline, "mixup")
+    capture(pipeline, data, tmp_path / "cache")
+    cache, source, student = ed.open_cache(tmp_path / "cache"), data.sources["train"], pipeline.student().eval()
+    objective = Objective({"hard": ed.HardLabels(label_smoothing=0.1)}, student, cache, has_labels=True)
+    for epoch in (0, 1):
+        batch = next(cache.loader(source, 200, epoch=epoch))
+        _, parts = objective(student, batch, torch.device("cpu"), "fp32")
+        logits = student(batch.inputs["image"])
+        expected = hard_labels(logits, batch.labels, 0.1)
+        if batch.partners is not None:
+            lam = batch.partners.lam
+            own, others = (
+                F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+                for labels in (batch.labels, batch.partners.labels)
+            )
+            expected = (lam * own + (1 - lam) * others).mean()
+        assert float(parts["hard"]) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_statistics_know_no_labels_of_mixed_samples(teachers: Path, tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ def prepare(
     if config.calibrate is not None:
         pieces = _calibrated(pieces, config, ensemble, sources, store, held)
     plan = make_plan(pieces, config)
-    plan = with_held_audit(held, plan) if held is not None else plan
-    if held is not None and held != plan:
+    if held is not None and (kept := with_held_audit(held, plan)) == held:
+        plan = kept  # and not what is held, whose transforms have no functions
+    elif held is not None:
         if next(store.committed(), None) is not None or leases.live():
             refuse_difference(held, plan, store.root)
         # Nothing was captured under it: another batch size or precision may be tried in the same place.
