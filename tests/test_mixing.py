@@ -290,7 +290,8 @@ def test_the_objective_takes_both_labels_of_mixed_samples(teachers: Path, tmp_pa
     data = with_mix(pipeline, "mixup")
     capture(pipeline, data, tmp_path / "cache")
     cache, source, student = ed.open_cache(tmp_path / "cache"), data.sources["train"], pipeline.student().eval()
-    objective = Objective({"hard": ed.HardLabels(label_smoothing=0.1)}, student, cache, has_labels=True)
+    config = ed.TrainConfig(student=lambda: student, objective={"hard": ed.HardLabels(label_smoothing=0.1)})
+    objective = Objective(config, student, cache, has_labels=True)
     for epoch in (0, 1):
         batch = next(cache.loader(source, 200, epoch=epoch))
         _, parts = objective(student, batch, torch.device("cpu"), "fp32")

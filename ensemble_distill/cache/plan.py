@@ -136,11 +136,9 @@ class Capture(Config):
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without renderings (of one view there are none) there is no such field: so older plans are what they were."""
+        """What there is none of (renderings of one view, say) is no field: so older plans are what they were."""
         dumped: dict[str, Any] = handler(self)
-        if not self.audit:
-            dumped.pop("audit", None)
-        return dumped
+        return {name: value for name, value in dumped.items() if value is not None and (name != "audit" or self.audit)}
 
 
 class Calibrated(Config):

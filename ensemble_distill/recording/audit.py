@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import Cache, read, render_inputs
+from ensemble_distill.cache.cache import Cache
 from ensemble_distill.cache.plan import MAIN, TARGETS, Group, Plan, field_name
 from ensemble_distill.codec import Dense, Features, HeadCodec, Members, TopK, VarOpt
 from ensemble_distill.codecs.heads import decode
@@ -25,8 +25,9 @@ from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.recording.capture import encoded
 from ensemble_distill.recording.fidelity import scattered
+from ensemble_distill.recording.shown import said_of, show
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.targets import Said, Targets
+from ensemble_distill.targets import Targets
 
 # What the last bits of a member's arithmetic may do to a log-probability, relative to one plus its size; and to a
 # distribution, in total variation.
@@ -98,15 +99,22 @@ def check_members(plan: Plan, members: list[Loaded], config: CacheConfig) -> Non
             f"the cache was captured with members {before}, the pipeline has {', '.join(names)}",
             hint="give the pipeline that the cache was captured with",
         )
-    for old, new, temperature in zip(held, members, plan.reading.temperature_before, strict=True):
+    fitted = plan.capture.calibration is not None
+    if fitted != (config.calibrate is not None):
+        raise Mismatch(f"the cache was captured {'with' if fitted else 'without'} calibrate", hint="restore it")
+    expected = zip(held, members, config.shares, plan.reading.temperature_before, strict=True)
+    for old, new, share, temperature in expected:
         who = f"member {old.name!r} is not the one of the cache: its"
         _same(f"{who} weights", old.weights, new.weights)
         _same(f"{who} structure", old.structure, new.structure)
-        _same(f"{who} share", old.share, new.config.share)
-        _same(f"{who} temperature", temperature, new.config.temperature)
+        _same(f"{who} version", old.version, new.config.version)
+        _same(f"{who} share", old.share, share)
+        if not fitted:
+            _same(f"{who} temperature", temperature, new.config.temperature)
     whole = "the ensemble is not the one of the cache: its"
     _same(f"{whole} combine rule", plan.reading.combine, config.combine)
-    _same(f"{whole} temperature", plan.reading.temperature_after, config.temperature)
+    if not fitted:
+        _same(f"{whole} temperature", plan.reading.temperature_after, config.temperature)
     taps = {tap.field for tap in config.taps}
     for head in (head for group in plan.groups for head, codec in group.codecs.items() if isinstance(codec, Features)):
         if head not in taps:
@@ -140,6 +148,9 @@ def audit(
     """
     cache.check(data)
     result, batch_size = Audit(), batch_size or cache.plan.capture.batch_size
+    ensemble.temper(cache.plan.reading.temperature_before, cache.plan.reading.temperature_after)
+    # A plan that was read back has no functions in its transforms.
+    plan = cache.plan.model_copy(update={"reading": cache.plan.reading.model_copy(update={"views": data.views})})
     for number, split in enumerate(sorted(cache.parts)):
         if split not in sources:
             raise Mismatch(f"the pipeline has no split {split!r}, which {cache.root} holds")
@@ -153,25 +164,24 @@ def audit(
             index = chosen[views == view]
             for part in np.array_split(index, -(-len(index) // batch_size)):
                 with memory_errors(batch_size):
-                    _compare(found, cache, ensemble, data, sources[split], split, int(view), part)
+                    _compare(found, cache, plan, ensemble, sources[split], split, int(view), part)
     return result
 
 
 def _compare(
     found: dict[str, Difference],
     cache: Cache,
+    plan: Plan,
     ensemble: Ensemble,
-    data: DataConfig,
     source: Source,
     split: str,
     view: int,
     index: np.ndarray,
 ) -> None:
     """Add a batch of rows in one view to the differences by field."""
-    inputs, labels, keys = read(source, index)
-    outputs = ensemble(render_inputs(inputs, keys, data.views, view))
-    shares = [member.share for member in cache.plan.capture.members]
-    said = Said(outputs.logprobs, outputs.members, shares, labels, keys, view)
+    shown = show(source, plan, plan.item(plan.number(split, view, 0)), index)
+    outputs, keys = ensemble(shown.inputs), shown.keys
+    said = said_of(outputs, shown, plan, view)
     rows = cache.table(split).rows(keys, index)
     rounding = ROUNDING[cache.plan.capture.precision]
     names = [f"sample {i} in view {view} (key {k.tobytes().hex()})" for i, k in zip(index, keys, strict=True)]

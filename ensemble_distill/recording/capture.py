@@ -33,7 +33,7 @@ from ensemble_distill.provenance import provenance
 from ensemble_distill.recording.fidelity import fidelity
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.seal import seal
-from ensemble_distill.recording.shown import Shown, show
+from ensemble_distill.recording.shown import Shown, said_of, show
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
@@ -299,11 +299,10 @@ class _OpenItem:
     def __init__(self, item: WorkItem, plan: Plan) -> None:
         self.item = item
         rows = self.missing = item.rows
-        self._groups = plan.groups
+        self._plan, self._groups = plan, plan.groups
         # zeros: the padding inside records is part of what is hashed and committed
         self.records = {g.name: np.zeros(rows, g.dtype) for g in plan.groups}
         self.keys = np.empty((rows, 16), np.uint8)
-        self._shares = [member.share for member in plan.capture.members]
         self._mixture = _mixture(plan)
         self._uncoded: list[Tensor] = []
         self.tally = Tally.empty(plan.predictors, len(plan.reading.classes))
@@ -313,16 +312,7 @@ class _OpenItem:
         part = slice(start, start + len(piece.shown.keys))
         self.keys[part] = piece.shown.keys
         self.missing -= len(piece.shown.keys)
-        said = Said(
-            outputs.logprobs,
-            outputs.members,
-            self._shares,
-            piece.shown.labels,
-            piece.shown.keys,
-            self.item.view,
-            known=outputs.known,
-            partner_keys=piece.shown.partner_keys,
-        )
+        said = said_of(outputs, piece.shown, self._plan, self.item.view)
         for group in self._groups:
             for head, codec in group.codecs.items():
                 for name, values in encoded(codec, head, said, outputs).items():

@@ -26,7 +26,7 @@ from ensemble_distill.errors import InvalidOutput
 from ensemble_distill.metrics import count
 from ensemble_distill.mixture import Mixture
 from ensemble_distill.recording.estimate import errors
-from ensemble_distill.recording.shown import Shown, show
+from ensemble_distill.recording.shown import Shown, said_of, show
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.tally import Tally
 from ensemble_distill.targets import Said
@@ -102,17 +102,7 @@ class Probe:
         shown = self._timed(seconds.reading[rendered], rows, read)
         forward = partial(self._forward, item, index, shown)
         outputs = self._timed(seconds.teachers[rendered], rows, forward)
-        shares = [member.share for member in self.own.capture.members]
-        said = Said(
-            outputs.logprobs,
-            outputs.members,
-            shares,
-            shown.labels,
-            shown.keys,
-            item.view,
-            known=outputs.known,
-            partner_keys=shown.partner_keys,
-        )
+        said = said_of(outputs, shown, self.own, item.view)
         self._timed(seconds.figures, rows, partial(self._figures, said, outputs))
         for name, plan in self.plans.items():
             self._codec(measured, name, plan, said)
