@@ -27,6 +27,7 @@ class Said:
     or None (also of samples that are mixed). keys: content keys uint8 [B, 16] and view number, which decide what a
     codec draws. known: bool [B, C], the classes whose own log-probabilities are known, where that is not all; of the
     others only their sum is. partner_keys: uint8 [B, 16], of what each sample is mixed with, or None.
+    names: of the members.
     """
 
     logprobs: Tensor
@@ -37,6 +38,7 @@ class Said:
     view: int
     known: Tensor | None = None
     partner_keys: np.ndarray | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

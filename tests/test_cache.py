@@ -220,7 +220,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(cache: ed.Cache, pipeline
     config = pipeline.train()
     torch.manual_seed(0)
     student = config.student()
-    objective = Objective(config.objective, student, cache, True)
+    objective = Objective(config, student, cache, True)
     batch = next(iter(cache.loader(pipeline.data().sources["train"], 32, taps=objective.taps)))
     objective.build_adapters(student, batch, torch.device("cpu"))
     assert {name: a.weight.shape for name, a in objective.adapters.items()} == {"feature": (48, 16)}
@@ -231,7 +231,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(cache: ed.Cache, pipeline
     assert objective.adapters["feature"].weight.grad.abs().sum() > 0 and student.head.weight.grad.abs().sum() > 0
     none = override(config, ["objective.soft.weight=0", "objective.hard.weight=0", "objective.feature.weight=0"])
     with pytest.raises(UsageError, match="no term of positive weight"):
-        Objective(none.objective, student, cache, True)
+        Objective(none, student, cache, True)
 
 
 def test_overrides_reach_every_depth_and_are_checked() -> None:

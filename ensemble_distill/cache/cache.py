@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -166,18 +166,18 @@ class Cache:
         if split not in self.parts:
             return np.empty(0, np.int64)
         rows = np.arange(self.plan.splits[split].rows)
-        held: np.ndarray = rows[self.parts[split].has(rows, self.plan.splits[split].unit_rows)]
+        held: np.ndarray = rows[self.parts[split].has(rows, self.plan.splits[split])]
         return held
 
     @property
     def head(self) -> HeadCodec:
         """How the predictions are kept."""
-        return cast(HeadCodec, self.plan.group(TARGETS).codecs[MAIN])
+        return self.plan.head
 
     @property
     def taps(self) -> list[str]:
         """The features that this cache holds, as ``tap/<member>.<module>``."""
-        return [tap for group in self.plan.groups if group.name != TARGETS for tap in group.codecs]
+        return [tap for group in self.plan.groups if MAIN not in group.codecs for tap in group.codecs]
 
     def table(self, split: str) -> KeyTable:
         """The key table of a split, read and checked on first use."""
@@ -206,9 +206,7 @@ class Cache:
         views = self.parts[split].views if split in self.parts else 0
         if not 0 <= view < views:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
-        main = self.plan.group(TARGETS)
-        arrays = self._arrays(main, split, view, rows)
-        codec = self.head
+        arrays, codec = self._said(split, view, rows), self.head
         targets = decode(codec, arrays[MAIN], self.mixture)
         features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
         targets = replace(targets, features=features)
@@ -219,7 +217,7 @@ class Cache:
     def tap_group(self, tap: str) -> Group:
         """The group that holds a feature; UsageError, with what there is, for one that the cache lacks."""
         for group in self.plan.groups:
-            if tap in group.codecs and group.name != TARGETS:
+            if tap in group.codecs and MAIN not in group.codecs:
                 return group
         raise UsageError(
             f"{self.root} holds no {tap!r}{suggestion(tap, self.taps)}",
@@ -339,10 +337,9 @@ class Cache:
             )
 
     def _key_page(self, split: str, page: int) -> np.ndarray:
-        if not self.parts[split].pages[page]:
-            spec = self.plan.splits[split]
-            return np.zeros((min(spec.unit_rows, spec.rows - page * spec.unit_rows), KEY_BYTES), np.uint8)
         item = self.plan.item(self.plan.number(split, 0, page))
+        if not self.parts[split].pages[page]:
+            return np.zeros((item.rows, KEY_BYTES), np.uint8)
         commit = self.commits.get(item, self.plan.group(TARGETS))
         return self._store.keys(split, page, commit.keys, item.rows)
 
@@ -352,6 +349,20 @@ class Cache:
         if not 0 <= view < views:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
         return self._arrays(group, split, view, rows)
+
+    def said_at(self, rows: np.ndarray, view: int, split: str) -> dict[str, dict[str, Tensor]]:
+        """The same of all that was predicted: ``main`` by array, all members' together, and the figures of the rows."""
+        views = self.parts[split].views if split in self.parts else 0
+        if not 0 <= view < views:
+            raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
+        return self._said(split, view, rows)
+
+    def _said(self, split: str, view: int, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
+        together: dict[str, dict[str, Tensor]] = {}
+        for group in self.plan.said:  # the figures of the whole ensemble are those of the last
+            for head, arrays in self._arrays(group, split, view, rows).items():
+                together[head] = together.get(head, {}) | arrays
+        return together
 
     def _arrays(self, group: Group, split: str, view: int, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
         """The arrays of a group's rows, [B, …], by codec and name."""
@@ -370,27 +381,41 @@ def open_cache(
     copies: str | Path | None = None,
     copies_size: int = COPIES_SIZE,
     allow_partial: bool = False,
+    manifest: str | None = None,
 ) -> Cache:
     """Open a cache for reading: a directory, or a bucket (s3://…, gs://…).
 
     ``memory``: bytes of rows to keep at most (default: a quarter of the machine's). ``expect_digest``: the
     manifest digest that you trust; Mismatch if the cache has another one. ``copies``: a folder for copies of what
     is read from a bucket, at most ``copies_size`` bytes, which processes may share. ``allow_partial``: open what is
-    committed of a cache that is not complete. Raises UsageError (no directory), Mismatch (no cache, or not complete),
+    committed of a cache that is not complete. ``manifest``: the digest of one that was in force before, such as that of
+    a cache before something was appended to it. Raises UsageError (no directory), Mismatch (no cache, or not complete),
     Corrupt (bytes that are not what was committed).
     """
     store = open_store(path)
     if copies is not None:
         store = Store(CachedStorage(store.storage, copies, copies_size))
     memory = memory or _quarter_of_memory()
-    digest = store.current()
-    if digest is None and expect_digest is None:
-        return _open_part(store, memory, allow_partial)
-    trust(store, expect_digest)
-    manifest = store.manifest(str(digest))
-    plan = store.plan(manifest.plan, Plan)
-    commits = Commits(store, plan, manifest)
-    return Cache(store, plan, commits, whole(plan), memory, digest=str(digest), content_digest=manifest.content_digest)
+    if manifest is not None:
+        digest: str | None = _earlier(store, manifest, expect_digest)
+    else:
+        digest = store.current()
+        if digest is None and expect_digest is None:
+            return _open_part(store, memory, allow_partial)
+        trust(store, expect_digest)
+    sealed = store.manifest(str(digest))
+    plan = store.plan(sealed.plan, Plan)
+    commits = Commits(store, plan, sealed)
+    return Cache(store, plan, commits, whole(plan), memory, digest=str(digest), content_digest=sealed.content_digest)
+
+
+def _earlier(store: Store, manifest: str, expected: str | None) -> str:
+    """The digest of a manifest that the caller names, which need not be in force."""
+    if not re.fullmatch("[0-9a-f]{64}", manifest) or store.storage.size(f"manifests/{manifest}.json") is None:
+        raise Mismatch(f"{store.root} holds no manifest {manifest[:64]!r}", hint="`inspect` shows the digest in force")
+    if expected not in (None, manifest):
+        raise Mismatch(f"{store.root}: manifest {manifest} was asked for, and {expected} is expected")
+    return manifest
 
 
 def _open_part(store: Store, memory: int, allowed: bool) -> Cache:

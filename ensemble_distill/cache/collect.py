@@ -62,12 +62,12 @@ def remove(store: Store, found: list[Garbage]) -> None:
 def _reachable(store: Store, plan: Plan) -> Iterator[str]:
     """Every name that a reader, a resumed capture or a repair may ask for. Any damage on the way raises Corrupt."""
     digest = str(store.plan_digest())
-    yield f"plans/{digest}.json"
+    yield from (f"plans/{known}.json" for known in (digest, *plan.parents))
     if plan.capture.calibration is not None:
         yield f"calibrations/{plan.capture.calibration}.json"
     for unit in store.committed():
         commit = store.commit(unit)
-        check_plan(commit, digest, store.root)
+        check_plan(commit, plan, digest, store.root)
         yield f"objects/{commit.object}"
     current = store.current()
     if current is None and next(store.storage.list("manifests"), None) is not None:
@@ -75,11 +75,13 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
             f"{store.root} was sealed, and CURRENT is gone: what its manifests need looks like garbage",
             hint="seal or repair it first",
         )
-    if current is not None:
+    while current is not None and store.storage.size(f"manifests/{current}.json") is not None:
         manifest = store.manifest(current)
+        sealed = store.plan(manifest.plan, Plan)
         yield f"manifests/{current}.json"
         yield f"plans/{manifest.plan}.json"
         for page in manifest.pages:
             yield f"pages/{page}.json"
-            for commit in store.page(page, plan.page_bytes(PAGE_UNITS)).commits:
+            for commit in store.page(page, sealed.page_bytes(PAGE_UNITS)).commits:
                 yield f"objects/{commit.object}"
+        current = manifest.parent  # what it was appended to can still be opened; a copy may lack it

@@ -71,7 +71,7 @@ class Commits:
         commits = self._page(n)
         item, group = divmod(number, len(self._plan.groups))
         if i < len(commits):
-            check_plan(commits[i], self._manifest.plan, self._store.root)
+            check_plan(commits[i], self._plan, self._manifest.plan, self._store.root)
             check_layout(commits[i], self._plan.groups[group], self._plan.item(item), self._store.root)
             return commits[i]
         raise Corrupt(f"{self._store.root}: page {n} of its manifest holds {len(commits)} commits", hint=MEND)
@@ -86,9 +86,20 @@ class Commits:
             return self._pages[n]
 
 
-def check_plan(commit: Commit, digest: str, where: str) -> None:
-    """A commit of the plan with this digest; Corrupt if it was captured under another, which meant other things."""
-    if commit.plan != digest:
+def plan_in_force(store: Store) -> tuple[Plan, str]:
+    """The plan of what is sealed, where more is being appended to it; else the one that is captured under."""
+    held, digest = held_plan(store), str(store.plan_digest())
+    current = store.current() if held.parents else None
+    sealed = store.manifest(current).plan if current is not None else digest
+    return (store.plan(sealed, Plan), sealed) if sealed in held.parents else (held, digest)
+
+
+def check_plan(commit: Commit, plan: Plan, digest: str, where: str) -> None:
+    """A commit of the plan with this digest, or of one that it has grown out of.
+
+    Corrupt if it was captured under another, which meant other things.
+    """
+    if commit.plan != digest and commit.plan not in plan.parents:
         raise Corrupt(f"{where}: unit {commit.unit[:200]} was captured under another plan than the one in force")
 
 

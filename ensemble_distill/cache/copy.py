@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, held_plan
+import numpy as np
+
+from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, plan_in_force
 from ensemble_distill.cache.plan import Calibration, Plan
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
 from ensemble_distill.prefetch import prefetch
@@ -38,7 +40,7 @@ def copy(
     Raises Mismatch if the target holds another cache, Corrupt if a byte of the source is not what was committed
     (the units before it are there and stay), Interrupted when ``stop`` says so.
     """
-    plan, digest = held_plan(source), source.plan_digest()
+    plan, digest = plan_in_force(source)
     if plan.capture.calibration is not None:
         target.put_calibration(source.calibration(plan.capture.calibration, Calibration))
     if target.put_plan(plan) != digest:
@@ -50,12 +52,13 @@ def copy(
     sealed = Commits(source, plan, source.manifest(current)) if current is not None else None
     if current is not None and source.manifest(current).plan != digest:
         raise Corrupt(f"{source.root}: its manifest is of another plan than PLAN")
-    here = committed_units(source, plan) | (sealed is not None)  # of a sealed cache all units have to be there
+    # Of a sealed cache all units have to be there, and more may be where some are being appended.
+    here = committed_units(source, plan) if sealed is None else np.ones(plan.units, bool)
     there = committed_units(target, plan)
     wanted = [int(n) for n in (here & ~there).nonzero()[0] if span is None or int(n) in span]
     copied = Copied(units=int(there.sum()), units_total=plan.units)
     report(copied)
-    for size in prefetch((partial(_unit, source, target, plan, sealed, number) for number in wanted), workers):
+    for size in prefetch((partial(_unit, source, target, plan, digest, sealed, number) for number in wanted), workers):
         copied.units += 1
         copied.bytes += size
         report(copied)
@@ -67,12 +70,12 @@ def copy(
     return copied
 
 
-def _unit(source: Store, target: Store, plan: Plan, sealed: Commits | None, number: int) -> int:
+def _unit(source: Store, target: Store, plan: Plan, digest: str, sealed: Commits | None, number: int) -> int:
     """Key page, shard, commit: in this order, as when they were captured."""
     item, group = plan.locate(plan.unit_name(number))
     unit = item.unit(group)
     commit = source.commit(unit)
-    check_plan(commit, str(source.plan_digest()), source.root)
+    check_plan(commit, plan, digest, source.root)
     if sealed is not None and sealed.at(number) != commit:
         raise Corrupt(f"{source.root}/commits/{unit}.json: not the commit that was sealed")
     check_layout(commit, group, item, source.root)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble_distill.cache.commits import check_layout, check_plan
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 
@@ -20,9 +20,9 @@ class Part:
     views: int
     pages: np.ndarray
 
-    def has(self, rows: np.ndarray, unit_rows: int) -> np.ndarray:
+    def has(self, rows: np.ndarray, split: Split) -> np.ndarray:
         """Which of these rows (int64 [B], within the split) can be used: bool [B]."""
-        held: np.ndarray = self.pages[rows // unit_rows]
+        held: np.ndarray = self.pages[split.page_of(rows)]
         return held
 
 
@@ -58,7 +58,7 @@ class LooseCommits:
     def get(self, item: WorkItem, group: Group) -> Commit:
         """The commit of a unit; Corrupt or Unsafe if it does not say what the plan does."""
         commit = self._store.commit(item.unit(group))
-        check_plan(commit, self._digest, self._store.root)
+        check_plan(commit, self._plan, self._digest, self._store.root)
         check_layout(commit, group, item, self._store.root)
         return commit
 

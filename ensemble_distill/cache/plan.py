@@ -11,17 +11,18 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ensemble_distill.cache.renderings import Renderings
-from ensemble_distill.codec import AnyCodec, HeadCodec, PartnerKey
+from ensemble_distill.codec import AnyCodec, HeadCodec, Members, PartnerKey
 from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
-from ensemble_distill.frozen import Config
+from ensemble_distill.frozen import Config, without_empty
 from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 
 TARGETS, MAIN, ROW, PARTNER = "targets", "main", "row", "partner"
@@ -31,6 +32,7 @@ MAX_ROWS = 1 << 48
 MAX_ROW_BYTES = 1 << 28
 MAX_SHARD = 256 << 20
 MAX_UNITS = 1 << 28
+MAX_APPENDS = 256
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -90,17 +92,54 @@ def field_name(head: str, array: str) -> str:
 
 
 class Split(Config):
-    """Rows of a source, how often each is seen, rows in a unit, and the SHA-256 of its labels."""
+    """Rows of a source, how often each is seen, rows in a unit, and the SHA-256 of its labels.
+
+    ``cuts``: how many rows there were before each append. No unit goes across one, so those of before stay as they are.
+    """
 
     rows: int = Field(ge=0, le=MAX_ROWS)
     views: int = Field(ge=1, lt=2**24)
     unit_rows: int = Field(ge=1, le=MAX_ROWS)
     labels: str | None
+    cuts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast(), Field(max_length=MAX_APPENDS)] = ()
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if any(a >= b for a, b in pairwise((*self.cuts, self.rows))):
+            raise ValueError(f"cuts {self.cuts} do not rise to the {self.rows} rows")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "cuts")
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, int, int]]:
+        """Of what each append brought: its first page, its first row, its end."""
+        parts, page = [], 0
+        for first, last in pairwise((0, *self.cuts, self.rows)):
+            parts.append((page, first, last))
+            page += -(-(last - first) // self.unit_rows)
+        return parts
 
     @property
     def pages(self) -> int:
         """Work items of one view."""
-        return -(-self.rows // self.unit_rows)
+        page, first, last = self._parts[-1]
+        return page - (-(last - first) // self.unit_rows)
+
+    def span(self, page: int) -> tuple[int, int]:
+        """The rows of a page: first, and last (exclusive)."""
+        start, first, last = next(part for part in reversed(self._parts) if part[0] <= page)
+        first += (page - start) * self.unit_rows
+        return first, min(last, first + self.unit_rows)
+
+    def page_of(self, rows: np.ndarray) -> np.ndarray:
+        """The pages that rows lie on, int64 [B]."""
+        starts, firsts = (np.array([part[i] for part in self._parts]) for i in (0, 1))
+        part = np.searchsorted(firsts, rows, side="right") - 1
+        pages: np.ndarray = starts[part] + (rows - firsts[part]) // self.unit_rows
+        return pages
 
 
 class Reading(Config):
@@ -136,9 +175,7 @@ class Capture(Config):
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What there is none of (renderings of one view, say) is no field: so older plans are what they were."""
-        dumped: dict[str, Any] = handler(self)
-        return {name: value for name, value in dumped.items() if value is not None and (name != "audit" or self.audit)}
+        return without_empty(handler(self), "audit", "calibration", "tail")
 
 
 class Calibrated(Config):
@@ -192,12 +229,19 @@ class WorkItem(NamedTuple):
 
 
 class Plan(Config):
+    """``parents``: digests of the plans that this one has grown out of, whose units are units of this one too."""
+
     schema_version: Literal[1] = 1
     reading: Reading
     capture: Capture
     format: Format
     splits: Annotated[dict[Name, Split], Field(min_length=1, max_length=1024)]
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1024)]
+    parents: Annotated[tuple[Digest, ...], FailFast(), Field(max_length=MAX_APPENDS)] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "parents")
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -205,9 +249,8 @@ class Plan(Config):
             raise ValueError("two groups have the same name")
         if self.units > MAX_UNITS:
             raise ValueError(f"{self.units} units are more than {MAX_UNITS}")
-        main = next((g.codecs.get(MAIN) for g in self.groups if g.name == TARGETS), None)
-        if not isinstance(main, HeadCodec) or not main.classes == self.reading.heads.get(MAIN) == len(
-            self.reading.classes
+        if TARGETS not in self._group_numbers or not (
+            self.head.classes == self.reading.heads.get(MAIN) == len(self.reading.classes)
         ):
             raise ValueError(
                 f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
@@ -234,16 +277,14 @@ class Plan(Config):
         for name, split in sorted(self.splits.items()):
             for view in range(split.views):
                 for page in range(split.pages):
-                    first = page * split.unit_rows
-                    yield WorkItem(name, view, page, first, min(split.rows, first + split.unit_rows))
+                    yield WorkItem(name, view, page, *split.span(page))
 
     def item(self, number: int) -> WorkItem:
         """The work item with this number (IndexError beyond the last)."""
         for name, split in sorted(self.splits.items()):
             if number < split.views * split.pages:
                 view, page = divmod(number, split.pages)
-                first = page * split.unit_rows
-                return WorkItem(name, view, page, first, min(split.rows, first + split.unit_rows))
+                return WorkItem(name, view, page, *split.span(page))
             number -= split.views * split.pages
         raise IndexError(number)
 
@@ -275,8 +316,8 @@ class Plan(Config):
         """Rows of each work item, int64 [items]."""
         parts = []
         for _, split in sorted(self.splits.items()):
-            rows = np.full(split.pages, split.unit_rows, np.int64)
-            rows[-1:] = split.rows - (split.pages - 1) * split.unit_rows
+            bounds = [np.arange(first, last, split.unit_rows) for first, last in pairwise((0, *split.cuts, split.rows))]
+            rows = np.diff(np.concatenate([*bounds, [split.rows]]))
             parts.append(np.tile(rows, split.views))
         return np.concatenate(parts)
 
@@ -325,6 +366,28 @@ class Plan(Config):
     def mixes(self) -> bool:
         """Whether there is a view in which samples are mixed with others."""
         return self.reading.views.mix is not None and any(split.views > 1 for split in self.splits.values())
+
+    @property
+    def said(self) -> tuple[Group, ...]:
+        """The groups that hold what was predicted: one, and one for each append of members."""
+        return tuple(group for group in self.groups if MAIN in group.codecs)
+
+    @property
+    def head(self) -> HeadCodec:
+        """The codec of the predictions, of all groups that hold them together; ValueError where they do not fit."""
+        codecs = [group.codecs[MAIN] for group in self.said]
+        first = codecs[0] if codecs else None
+        if not isinstance(first, HeadCodec):
+            raise ValueError(f"{MAIN!r} is kept as {first and first.name}")
+        if len(codecs) == 1:
+            return first
+        parts = [codec for codec in codecs if isinstance(codec, Members)]
+        if len(parts) < len(codecs) or any(part.inner != parts[0].inner for part in parts):
+            raise ValueError("the groups of targets keep their members in different ways")
+        members = tuple(name for part in parts for name in part.members)
+        if len(set(members)) < len(members):
+            raise ValueError("a member is kept in two groups")
+        return Members(inner=parts[0].inner, members=members)
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ensemble_distill.cache.commits import committed_units, held_plan
+from ensemble_distill.cache.commits import committed_units, held_plan, plan_in_force
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Verdict
 from ensemble_distill.errors import Corrupt, Error, Unsafe
@@ -44,11 +44,11 @@ def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
 
 def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
     """Act on one list of what is wrong; whether there may be more, and this round was of use."""
-    plan = held_plan(store)
     before = mended.files
     if lost := [str(damage) for damage in verdict.damaged if damage.kind == "plan"]:
         raise Corrupt(f"{lost[0]}: this cannot be mended", hint="restore PLAN and plans/ from a copy of the cache")
     if not verdict.ok:
+        plan, _ = plan_in_force(store)
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
         commits = _sealed_commits(store, verdict, plan)

@@ -43,7 +43,7 @@ class Rows:
             table = self._keep((group.name, split, str(view)), partial(self._read_view, group, split, view))
             return np.take(table, rows, axis=0).view(group.dtype).reshape(-1)
         result = np.empty((len(rows), stride), np.uint8)
-        units = rows // spec.unit_rows
+        units = spec.page_of(rows)
         for page in np.unique(units):
             item = self._item(split, view, int(page))
             table = self._keep((item.unit(group),), partial(self._read_unit, group, item))

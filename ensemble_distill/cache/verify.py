@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.commits import check_layout, check_plan, held_plan
+from ensemble_distill.cache.commits import check_layout, check_plan, plan_in_force
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.formats.layout import read_segments
@@ -95,20 +95,19 @@ def _check(kind: str, unit: str | None, look: Callable[[], int]) -> tuple[int, D
 
 def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck | None) -> Iterator[Check]:
     try:
-        plan = held_plan(store)
+        plan, digest = plan_in_force(store)
     except Error as error:
         verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
     if plan.capture.calibration is not None:
         yield partial(_check, "plan", None, partial(_calibration, store, plan.capture.calibration))
     keys: dict[tuple[str, int], str] = {}
-    digest = str(store.plan_digest())
-    for number, commit, problem in _commits(store, verdict, plan):
+    for number, commit, problem in _commits(store, verdict, plan, digest):
         if commit is None:
             yield partial(lambda problem: (0, problem), problem)
             continue
         try:
-            check_plan(commit, digest, store.root)
+            check_plan(commit, plan, digest, store.root)
         except Error as error:
             verdict.damaged.append(Damage(str(error), "plan"))
             return  # under another plan nothing else means what it says
@@ -127,7 +126,9 @@ def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck |
             yield partial(_check, "shard", unit, partial(_object, store, commit, group, item, deep))
 
 
-def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, Commit | None, Damage | None]]:
+def _commits(
+    store: Store, verdict: Verdict, plan: Plan, plan_digest: str
+) -> Iterator[tuple[int, Commit | None, Damage | None]]:
     """(number of the unit, its commit or None, what is wrong with it); of a sealed cache from its manifest."""
     try:
         current = store.current()
@@ -142,7 +143,7 @@ def _commits(store: Store, verdict: Verdict, plan: Plan) -> Iterator[tuple[int, 
         current, manifest = None, None
     if current is not None and manifest is not None:
         verdict.sealed, verdict.manifest_digest = True, current
-        if manifest.plan != store.plan_digest():
+        if manifest.plan != plan_digest:
             verdict.damaged.append(Damage(f"{store.root}: its manifest is of another plan than PLAN", "manifest"))
         for n, digest in enumerate(manifest.pages):
             first = n * PAGE_UNITS

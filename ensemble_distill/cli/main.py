@@ -17,6 +17,7 @@ from ensemble_distill.cli.options import version
 COMMANDS = {
     "plan": "Show what a capture would take, with each codec.",
     "cache": "Run the teachers once and write what they said.",
+    "append": "Add members, taps, views or samples to a cache.",
     "train": "Train a student from a cache.",
     "evaluate": "Score a run's student.",
     "fit-weights": "Find the shares of a cache's members that suit the labels best.",

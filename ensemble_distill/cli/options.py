@@ -81,6 +81,9 @@ def reading(command: F) -> F:
             "--allow-partial", is_flag=True, help="Use what is committed of a cache that is not complete; recorded."
         ),
         click.option(
+            "--manifest", metavar="HEX", help="Open the cache as it was under this manifest, before an append."
+        ),
+        click.option(
             "--memory",
             type=click.IntRange(1),
             metavar="MB",

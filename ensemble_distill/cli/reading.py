@@ -13,6 +13,7 @@ def opened(
     memory: int | None,
     copies: str | None,
     copies_size: int,
+    manifest: str | None,
 ) -> Cache:
     """The cache at a path or URL; sizes in MB, as people give them."""
     return open_cache(
@@ -22,4 +23,5 @@ def opened(
         copies=copies,
         copies_size=copies_size * 1_000_000,
         allow_partial=allow_partial,
+        manifest=manifest,
     )

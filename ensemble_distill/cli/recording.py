@@ -23,14 +23,18 @@ def record(
     device: str,
     grace: float,
     units: range | None = None,
+    append: bool = False,
 ) -> None:
-    """Capture what a cache lacks, seal it where it is complete, and say what it holds."""
+    """Capture what a cache lacks, seal it where it is complete, and say what it holds.
+
+    ``append``: to a sealed cache, what the pipeline has beyond it.
+    """
     splits = sources(data, limit)
-    store = open_store(out, create=True)
+    store = open_store(out, create=not append)
     leases = Leases(lease_storage(store.storage))
     on = devices(device)
     with ui.stoppable(grace) as stop:
-        plan, ensemble = prepare(data, config, splits, store, leases, on)
+        plan, ensemble = prepare(data, config, splits, store, leases, on, append)
         where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))
         console.say(f"members {', '.join(ensemble.names)}: eval mode, {plan.capture.precision} on {where}")
         show_tail(console, plan.capture)

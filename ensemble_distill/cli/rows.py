@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ensemble_distill.cache.cache import Cache
-from ensemble_distill.cache.plan import MAIN, ROW, TARGETS
+from ensemble_distill.cache.plan import MAIN, ROW
 from ensemble_distill.cli import console as ui
-from ensemble_distill.codec import HeadCodec, Members
+from ensemble_distill.codec import Members
 from ensemble_distill.codecs.heads import decode
 from ensemble_distill.errors import Mismatch, UsageError, printable
 from ensemble_distill.mixture import Mixture
@@ -68,7 +68,7 @@ def worst(held: Cache, split: str, view: int, count: int) -> tuple[list[Place], 
 
     And in words which of the two it was.
     """
-    group, rows = held.plan.group(TARGETS), np.arange(len(held.table(split)))
+    group, rows = held.plan.said[-1], np.arange(len(held.table(split)))
     if ROW not in group.codecs:
         raise Mismatch(f"{held.root} holds no figures of rows", hint="give keys with --rows")
     parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
@@ -85,15 +85,15 @@ def worst(held: Cache, split: str, view: int, count: int) -> tuple[list[Place], 
 def sample(held: Cache, place: Place, view: int) -> dict[str, Any]:
     """One sample: key, place, figures in nats, the likeliest classes, and what each member said where it was kept."""
     split, row = place
-    group, at = held.plan.group(TARGETS), np.array([row])
+    at = np.array([row])
     targets = held.targets_at(at, view, split=split)
     probabilities = scattered(targets)[0]
     best = probabilities.topk(min(SHOWN, int((probabilities > 0).sum()))).indices.tolist()
     members = {}
-    if isinstance(codec := group.codecs[MAIN], Members):
-        arrays = held.arrays_at(group, at, view, split)[MAIN]
+    if isinstance(codec := held.head, Members):
+        arrays = held.said_at(at, view, split)[MAIN]
         for name in codec.members:
-            alone = decode(cast(HeadCodec, codec), arrays, Mixture(((name, 1.0),), "mean_probs"))
+            alone = decode(codec, arrays, Mixture(((name, 1.0),), "mean_probs"))
             members[name] = scattered(alone)[0]
     names = held.plan.reading.classes
     figures = {name: getattr(targets, name) for name in ("label_logprob", "entropy", "mutual_information")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -90,15 +90,21 @@ class Ensemble:
         return self.precision
 
     @torch.inference_mode()
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        """Run all members on a batch (inputs by name, [B, ...]).
+    def __call__(
+        self, inputs: Mapping[str, Tensor], held: Mapping[str, Tensor] | None = None, tapped: Collection[str] = ()
+    ) -> Outputs:
+        """Run the members on a batch (inputs by name, [B, ...]).
 
-        Raises InvalidRow for what is no distribution, naming the member and the row: NaN, +inf, log-probabilities that
-        do not sum to one.
+        ``held``: log-probabilities [B, C], at their own temperature, of members that said so before: these do not run,
+        unless they are among ``tapped``. Raises InvalidRow for what is no distribution, naming the member and the row:
+        NaN, +inf, log-probabilities that do not sum to one.
         """
-        said, features = self._forward(inputs)
+        held = held or {}
+        which = [i for i, name in enumerate(self.names) if name not in held or name in tapped]
+        said, features = self._forward(inputs, which)
         first = self.devices[0]
-        tempered = [s.logits.to(first) / t for s, t in zip(said, self.temperatures, strict=True)]
+        scaled = {self.names[i]: s.logits.to(first) / self.temperatures[i] for i, s in zip(which, said, strict=True)}
+        tempered = [held[name].to(first) if name in held else scaled[name] for name in self.names]
         members = [torch.log_softmax(z, dim=1) for z in tempered]
         for name, logprobs in zip(self.names, members, strict=True):
             _check(f"member {name!r}", logprobs)
@@ -106,8 +112,13 @@ class Ensemble:
         if self.temperature != 1:
             combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)
-        known = self._known(said)
+        known = self._known(said, [self.names[i] for i in which])
         return Outputs(combined, members, {name: f.to(first) for name, f in features.items()}, known)
+
+    def taps(self, inputs: Mapping[str, Tensor], members: Collection[str]) -> Outputs:
+        """The features of these members alone; what they predict is left out."""
+        features = self._forward(inputs, [i for i, name in enumerate(self.names) if name in members])[1]
+        return Outputs(torch.empty(0), [], {name: f.to(self.devices[0]) for name, f in features.items()})
 
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The taps of a few rows, to learn their widths; and from then on what each member ``gives`` is fixed."""
@@ -150,7 +161,7 @@ class Ensemble:
             output: object = module(*copies[device])
         return output, {f"tap/{name}.{m}": f for m, f in tapped.items()}
 
-    def _known(self, said: Sequence[Stated]) -> Tensor | None:
+    def _known(self, said: Sequence[Stated], names: Sequence[str]) -> Tensor | None:
         """Of the classes that top-k members leave unknown; InvalidRow where less is known than is to be kept."""
         listed = [s.listed.to(self.devices[0]) for s in said if s.listed is not None]
         codec = self.config.codec.inner if isinstance(self.config.codec, Members) else self.config.codec
@@ -161,7 +172,7 @@ class Ensemble:
         if bool((few := count < codec.k).any()):
             row = int(few.nonzero()[0, 0])
             raise InvalidRow(
-                " and ".join(f"member {n!r}" for n, s in zip(self.names, said, strict=True) if s.listed is not None),
+                " and ".join(f"member {n!r}" for n, s in zip(names, said, strict=True) if s.listed is not None),
                 row,
                 f"only {int(count[row])} known classes, the codec keeps {codec.k}",
                 hint='lower the codec\'s k, or let members list more, or set tail="uniform"',

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ensemble_distill.cache.commits import committed_units
-from ensemble_distill.cache.plan import MAIN, TARGETS, Plan, WorkItem, field_name
-from ensemble_distill.codec import AnyCodec, Features, HeadCodec, PartnerKey, RowFigures
+from ensemble_distill.cache.partial import LooseCommits, whole
+from ensemble_distill.cache.plan import MAIN, Group, Plan, WorkItem, field_name
+from ensemble_distill.cache.rows import Rows
+from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
@@ -127,6 +128,8 @@ class Recorder:
         self._done = committed_units(self.store, self.plan)
         self._check_space(span)
         self._digest = self._adopt_plan()
+        # Only what was committed before is read, a unit at a time.
+        self._rows = Rows(self.store, self.plan, LooseCommits(self.store, self.plan, self._digest), whole(self.plan), 0)
         self.progress = progress = Progress(units=int(self._done.sum()), units_total=self.plan.units)
         report(progress)
         with self.leases.renewing(), ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
@@ -176,7 +179,7 @@ class Recorder:
 
     def _adopt_plan(self) -> str:
         """Make this the cache's plan; Mismatch if another stands there."""
-        digest = self.store.put_plan(self.plan)
+        digest = self.store.put_plan(self.plan, self.plan.parents[-1] if self.plan.parents else None)
         held = self.store.plan(digest, Plan)
         self.plan = with_held_audit(held, self.plan)
         if held != self.plan:
@@ -188,7 +191,10 @@ class Recorder:
         return digest
 
     def _check_space(self, span: range | None) -> None:
-        needed = int(self.plan.item_rows()[self._todo(span)].sum()) * self.plan.bytes_per_row
+        items = self._todo(span)
+        missing = ~self._done.reshape(-1, len(self.plan.groups))[items]
+        sizes = np.array([group.dtype.itemsize for group in self.plan.groups])
+        needed = int((self.plan.item_rows()[items] * (missing @ sizes)).sum())
         free = self.store.storage.free()
         if free is not None and needed > free:
             raise StorageError(
@@ -214,10 +220,10 @@ class Recorder:
             for piece in timed(pieces, progress.waited):
                 if (left := stop()) is not None and (opened is None or self._seconds(opened) > left / 2):
                     raise Interrupted("")
-                opened = opened or _OpenItem(piece.item, self.plan)
+                opened = opened or self._open(piece.item)
                 start = time.perf_counter()
                 with memory_errors(self.plan.capture.batch_size):
-                    opened.add(piece, self._forward(piece))
+                    opened.add(piece, self._forward(piece, opened))
                 progress.seconds["teachers"] += time.perf_counter() - start
                 progress.rows += len(piece.shown.keys)
                 if piece.last_of_item:
@@ -249,9 +255,19 @@ class Recorder:
     def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
         return _Piece(item, int(index[0]), show(self.sources[item.split], self.plan, item, index), last)
 
-    def _forward(self, piece: _Piece) -> Outputs:
+    def _open(self, item: WorkItem) -> _OpenItem:
+        """What an item still lacks: all of it in a first capture, less where something is appended or was dropped."""
+        first = self.plan.number(item.split, item.view, item.page) * len(self.plan.groups)
+        lacking = [g for g, done in zip(self.plan.groups, self._done[first:], strict=False) if not done]
+        return _OpenItem(item, self.plan, lacking or list(self.plan.groups))
+
+    def _forward(self, piece: _Piece, opened: _OpenItem) -> Outputs:
         try:
-            return self.ensemble(piece.shown.inputs)
+            if not opened.predicts:
+                return self.ensemble.taps(piece.shown.inputs, opened.tapped)
+            index = np.arange(piece.first, piece.first + len(piece.shown.keys))
+            held = {name: said for group in opened.held for name, said in self._held(group, piece.item, index)}
+            return self.ensemble(piece.shown.inputs, held, opened.tapped)
         except InvalidRow as error:
             raise InvalidOutput(
                 f"{error} for sample {piece.first + error.row} of {piece.item.split} "
@@ -261,13 +277,21 @@ class Recorder:
                 hint=error.hint or f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
+    def _held(self, group: Group, item: WorkItem, index: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+        """What members said of these rows when their group was captured: log-probabilities [B, C] by name."""
+        codec, rows = group.codecs[MAIN], self._rows.gather(group, item.split, item.view, index)
+        assert isinstance(codec, Members)
+        arrays = {name: torch.from_numpy(rows[field_name(MAIN, name)]) for name in codec.arrays()}
+        for name in codec.members:
+            yield name, heads.decode(codec, arrays, Mixture(((name, 1.0),), "mean_probs")).logprobs
+
     def _commit(self, opened: _OpenItem) -> list[Commit]:
         item = opened.item
         keys = self.store.put_keys(item.split, item.page, opened.keys)
         opened.measure()
         commits = []
-        for group in self.plan.groups:
-            statistics = opened.tally.state() if group.name == TARGETS else None
+        for group in opened.groups:
+            statistics = opened.tally.state() if group.name == self.plan.said[-1].name else None
             records, unit = opened.records[group.name], item.unit(group)
             commit, first = self.store.put_unit(
                 self._digest, unit, records, self.plan.format, keys, statistics, self.provenance
@@ -294,14 +318,22 @@ class Recorder:
 
 
 class _OpenItem:
-    """The records of one work item while they are filled; ``missing`` rows are still to come."""
+    """The records of one work item while they are filled; ``missing`` rows are still to come.
 
-    def __init__(self, item: WorkItem, plan: Plan) -> None:
-        self.item = item
+    groups: those that the item lacks. predicts: whether predictions are among them; held: groups of predictions that
+    are not. tapped: the members whose features are wanted.
+    """
+
+    def __init__(self, item: WorkItem, plan: Plan, groups: Sequence[Group]) -> None:
+        self.item, self.groups = item, groups
         rows = self.missing = item.rows
-        self._plan, self._groups = plan, plan.groups
+        self._plan = plan
+        lacking = {group.name for group in groups}
+        self.held = [group for group in plan.said if group.name not in lacking]
+        self.predicts = len(self.held) < len(plan.said)
+        self.tapped = {tap_member(head) for g in groups for head, c in g.codecs.items() if isinstance(c, Features)}
         # zeros: the padding inside records is part of what is hashed and committed
-        self.records = {g.name: np.zeros(rows, g.dtype) for g in plan.groups}
+        self.records = {g.name: np.zeros(rows, g.dtype) for g in groups}
         self.keys = np.empty((rows, 16), np.uint8)
         self._mixture = _mixture(plan)
         self._uncoded: list[Tensor] = []
@@ -313,21 +345,26 @@ class _OpenItem:
         self.keys[part] = piece.shown.keys
         self.missing -= len(piece.shown.keys)
         said = said_of(outputs, piece.shown, self._plan, self.item.view)
-        for group in self._groups:
+        for group in self.groups:
             for head, codec in group.codecs.items():
                 for name, values in encoded(codec, head, said, outputs).items():
                     self.records[group.name][field_name(head, name)][part] = values.cpu().numpy()
-        if start < FIDELITY_ROWS:
+        if not self.predicts:
+            return
+        if start < FIDELITY_ROWS and not self.held:
             self._uncoded.append(outputs.logprobs[: FIDELITY_ROWS - start].cpu().clone())
         count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels, self._mixture)
 
     def measure(self) -> None:
         """Add what the codec of the targets lost in the first rows: what stands in the records, decoded."""
-        codec = cast(HeadCodec, next(g for g in self._groups if g.name == TARGETS).codecs[MAIN])
-        uncoded = torch.cat(self._uncoded)
-        held = self.records[TARGETS][: len(uncoded)]
-        arrays = {name: torch.from_numpy(held[field_name(MAIN, name)].copy()) for name in codec.arrays()}
-        self.tally.add("fidelity", fidelity(heads.decode(codec, arrays, self._mixture), uncoded))
+        if not self._uncoded:
+            return
+        uncoded, arrays = torch.cat(self._uncoded), {}
+        for group in self._plan.said:
+            held = self.records[group.name][: len(uncoded)]
+            for name in group.codecs[MAIN].arrays():
+                arrays[name] = torch.from_numpy(held[field_name(MAIN, name)].copy())
+        self.tally.add("fidelity", fidelity(heads.decode(self._plan.head, arrays, self._mixture), uncoded))
 
 
 def _mixture(plan: Plan) -> Mixture:
@@ -341,4 +378,13 @@ def encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[st
         return {"": features.encode(outputs.features[head])}
     if isinstance(codec, PartnerKey):
         return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
-    return heads.encode_figures(said) if isinstance(codec, RowFigures) else heads.encode(codec, said)
+    if isinstance(codec, RowFigures):
+        return heads.encode_figures(said)
+    if isinstance(codec, Members):
+        said = replace(said, members=[said.members[said.names.index(name)] for name in codec.members])
+    return heads.encode(codec, said)
+
+
+def tap_member(head: str) -> str:
+    """The member of ``tap/<member>.<module>``."""
+    return head.removeprefix("tap/").partition(".")[0]

@@ -37,6 +37,7 @@ from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
+from ensemble_distill.recording.growing import grown
 from ensemble_distill.recording.tail import resolved_tail
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
@@ -72,10 +73,12 @@ def prepare(
     store: Store,
     leases: Leases,
     devices: Sequence[torch.device],
+    append: bool = False,
 ) -> tuple[Plan, Ensemble]:
     """The plan of this capture and the ensemble, ready to run.
 
-    Raises Mismatch where the directory holds another plan, naming the first field that differs.
+    ``append``: what the pipeline has beyond what is sealed is added to it. Raises Mismatch where the directory holds
+    another plan, naming the first field that differs.
     """
     held = existing_plan(store)
     # Resolved once and stored: a resumed capture must not choose anew.
@@ -84,6 +87,10 @@ def prepare(
     if config.calibrate is not None:
         pieces = _calibrated(pieces, config, ensemble, sources, store, held)
     plan = make_plan(pieces, config)
+    if append:
+        return _appended(plan, held, sources, store), ensemble
+    if held is not None and held.parents:
+        plan = grown(held, str(store.plan_digest()), plan, sources, store.root)
     if held is not None and (kept := with_held_audit(held, plan)) == held:
         plan = kept  # and not what is held, whose transforms have no functions
     elif held is not None:
@@ -92,6 +99,25 @@ def prepare(
         # Nothing was captured under it: another batch size or precision may be tried in the same place.
         store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
+
+
+def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], store: Store) -> Plan:
+    """The plan that adds to what is sealed; Mismatch if nothing is, or if another append has begun."""
+    current = store.current()
+    if held is None or current is None:
+        raise Mismatch(
+            f"{store.root} is not sealed: only to a complete cache can something be appended",
+            hint="finish it with `ensemble-distill cache`, and the pipeline that it was begun with",
+        )
+    digest = store.manifest(current).plan
+    base = store.plan(digest, Plan)
+    result = with_held_audit(base, grown(base, digest, plan, sources, store.root))
+    if held not in (base, result):
+        raise Mismatch(
+            f"{store.root}: something else is being appended to it, and is not complete",
+            hint="run `ensemble-distill append` with the pipeline that it was begun with, to its end",
+        )
+    return result
 
 
 def as_held(plan: Plan, held: Plan, config: CacheConfig, store: Store) -> Plan:
@@ -209,7 +235,7 @@ def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
         ),
         format=config.format,
         splits={
-            name: split.model_copy(update={"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
+            name: Split(**dict(split) | {"unit_rows": config.unit_rows or unit_rows(split.rows, widest)})
             for name, split in pieces.splits.items()
         },
         groups=groups,

@@ -38,26 +38,42 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
             f"{store.root} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
             hint="run `ensemble-distill cache` for them: it goes on where it stopped",
         )
-    sealing = _Sealing(plan, plan_digest, store)
+    sealing = _Sealing(plan, plan_digest, store, _grown_from(plan, plan_digest, store, parent))
     for part in _commits(plan, store):
         sealing.add(part)
     return store.put_manifest(sealing.manifest(), parent)
 
 
+def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> str | None:
+    """The digest of the manifest that this cache was appended to, if it was."""
+    if not plan.parents:
+        return None
+    names = [current] if current is not None else []  # a repair may have taken it out of force
+    names += [name.removeprefix("manifests/").removesuffix(".json") for name in store.storage.list("manifests")]
+    for name in names:
+        manifest = store.manifest(name)
+        if manifest.plan == plan.parents[-1]:
+            return name
+        if manifest.plan == digest and manifest.parent is not None:
+            return manifest.parent
+    return None
+
+
 @dataclass(frozen=True)
 class _Read:
-    """A unit and the commit that was read for it."""
+    """A unit and the commit that was read for it. ``counts``: its statistics are those of the whole ensemble."""
 
     item: WorkItem
     unit: str
     body: bytes
+    counts: bool
 
 
 class _Sealing:
     """What the commits add up to, part by part, in the order of the units."""
 
-    def __init__(self, plan: Plan, plan_digest: str, store: Store) -> None:
-        self._plan, self._digest, self._store = plan, plan_digest, store
+    def __init__(self, plan: Plan, plan_digest: str, store: Store, parent: str | None) -> None:
+        self._plan, self._digest, self._store, self._parent = plan, plan_digest, store, parent
         # The SHA-256 of each key page, 32 bytes: there may be half a million. Zeros: not seen yet.
         self._keys = {name: np.zeros(split.pages, "V32") for name, split in plan.splits.items()}
         self._tallies: dict[str, Tally] = {}
@@ -71,10 +87,10 @@ class _Sealing:
         statistics: dict[str, list[dict[str, Any]]] = {}
         for read in part:
             commit = _said(read.body, read.unit, self._store.root)
-            if commit["plan"] != self._digest:
+            if commit["plan"] != self._digest and commit["plan"] not in self._plan.parents:
                 raise Corrupt(f"{self._store.root}: unit {read.unit} was captured under another plan")
             self._one_page(read, bytes.fromhex(commit["keys"]))
-            if (said := commit["statistics"]) is not None:
+            if (said := commit["statistics"]) is not None and read.counts:
                 statistics.setdefault(read.item.split, []).append(said)
             self._summary.add(commit["provenance"])
             self._content.update(f"{read.unit} {commit['content']} {commit['keys']}\n".encode())
@@ -94,9 +110,9 @@ class _Sealing:
         """The manifest, whose pages are written; a damaged key page is found before it is sealed."""
         self._flush()
         for split, digests in self._keys.items():
-            rows, unit_rows = self._plan.splits[split].rows, self._plan.splits[split].unit_rows
             for page, digest in enumerate(digests):
-                self._store.keys(split, page, digest.tobytes().hex(), min(rows - page * unit_rows, unit_rows))
+                first, last = self._plan.splits[split].span(page)
+                self._store.keys(split, page, digest.tobytes().hex(), last - first)
         return Manifest(
             plan=self._digest,
             pages=tuple(self._pages),
@@ -106,6 +122,7 @@ class _Sealing:
             bytes=self._size,
             statistics={split: tally.report() for split, tally in self._tallies.items()},
             provenance=self._summary.report(),
+            parent=self._parent,
         )
 
     def _one_page(self, read: _Read, digest: bytes) -> None:
@@ -124,10 +141,11 @@ class _Sealing:
 
 def _commits(plan: Plan, store: Store) -> Iterator[list[_Read]]:
     """Each unit's commit, in the order of the units, by parts."""
-    units = ((item, item.unit(group)) for item in plan.items() for group in plan.groups)
+    last = plan.said[-1].name
+    units = ((item, item.unit(group), group.name == last) for item in plan.items() for group in plan.groups)
 
-    def read(part: list[tuple[WorkItem, str]]) -> list[_Read]:
-        return [_Read(item, unit, store.commit_body(unit)) for item, unit in part]
+    def read(part: list[tuple[WorkItem, str, bool]]) -> list[_Read]:
+        return [_Read(item, unit, store.commit_body(unit), counts) for item, unit, counts in part]
 
     parts = iter(lambda: list(itertools.islice(units, 256)), [])
     return prefetch((partial(read, part) for part in parts), READERS)

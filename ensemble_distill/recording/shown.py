@@ -49,4 +49,5 @@ def said_of(outputs: Outputs, shown: Shown, plan: Plan, view: int) -> Said:
         view,
         known=outputs.known,
         partner_keys=shown.partner_keys,
+        names=tuple(member.name for member in plan.capture.members),
     )

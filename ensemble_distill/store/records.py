@@ -6,13 +6,13 @@ import hashlib
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import FailFast, Field, ValidationError
+from pydantic import FailFast, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ensemble_distill.config import explain
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment
-from ensemble_distill.frozen import Config
+from ensemble_distill.frozen import Config, without_empty
 
 BLOCK = 1 << 20
 PAGE_UNITS = 4096
@@ -53,7 +53,10 @@ class Page(Config):
 
 
 class Manifest(Config):
-    """What was sealed: a plan, the pages of its commits in the order of its units, and what they add up to."""
+    """What was sealed: a plan, the pages of its commits in the order of its units, and what they add up to.
+
+    ``parent``: the digest of the manifest that this one was appended to.
+    """
 
     schema_version: Literal[1] = 1
     plan: Digest
@@ -64,6 +67,11 @@ class Manifest(Config):
     bytes: int
     statistics: dict[str, Any]
     provenance: dict[str, Any]
+    parent: Digest | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "parent")
 
 
 R = TypeVar("R", bound=Config)

@@ -53,12 +53,17 @@ class Store:
 
     # Writing ----------------------------------------------------------------------------------------
 
-    def put_plan(self, plan: Config) -> str:
-        """Make this the plan of the cache unless there is one; the digest of the plan that is."""
+    def put_plan(self, plan: Config, parent: str | None = None) -> str:
+        """Make this the plan of the cache unless there is one; the digest of the plan that is.
+
+        ``parent``: the digest of the plan that it grows out of, whose place it takes.
+        """
         data = records.dump(plan)
         digest = sha256(data)
         self._put(f"plans/{digest}.json", data)
         if not self.storage.create("PLAN", f"{digest}\n".encode()):
+            if parent is not None:
+                self.storage.swap("PLAN", f"{parent}\n".encode(), f"{digest}\n".encode())
             return self.plan_digest() or digest
         return digest
 

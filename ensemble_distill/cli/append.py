@@ -1,0 +1,50 @@
+"""`ensemble-distill append`."""
+
+from __future__ import annotations
+
+import click
+
+from ensemble_distill.cli.options import common, grace, settings
+
+
+@click.command(name="append")
+@click.argument("pipeline")
+@click.option("--cache", "cache_path", required=True, metavar="DIR", help="A complete cache, a directory or a URL.")
+@click.option(
+    "--views", type=click.IntRange(1), metavar="N", help="Views of each training sample, with those there are."
+)
+@grace
+@settings
+@common
+def command(
+    pipeline: str,
+    cache_path: str,
+    views: int | None,
+    grace: float,
+    settings: tuple[str, ...],
+    limit: int | None,
+    batch_size: int | None,
+    workers: int,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Add to a cache what PIPELINE has beyond it: members, taps, views, samples or splits.
+
+    What there is stays as it is, and is not captured again. The cache as it was can still be opened by its manifest
+    digest: train --manifest HEX.
+
+    \b
+    Example:
+      ensemble-distill append pipelines/fashion_mnist.py --cache caches/fmnist --views 4
+    """
+    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.pipeline import Pipeline
+    from ensemble_distill.cli.recording import record
+    from ensemble_distill.config import override
+
+    console = ui.Console(quiet)
+    loaded = Pipeline(pipeline)
+    given = {"views": views, "batch_size": batch_size}
+    config = override(loaded.cache(), [f"{k}={v}" for k, v in given.items() if v is not None])
+    config = override(config, settings)
+    record(console, loaded.data(), config, cache_path, limit, workers, device, grace, append=True)

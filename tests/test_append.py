@@ -1,0 +1,256 @@
+"""Appending members, taps, views, samples and splits to a sealed cache: what there is stays, to the byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cli, flip
+
+from ensemble_distill import Cache, EnsembleConfig, open_cache
+from ensemble_distill.cache.plan import Split
+
+MEMBERS = 'codec={"name":"members"}'
+ABC = '("a", "b", "c")'
+
+
+@pytest.fixture(scope="module")
+def base(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three sealed caches: ``all`` of everything, ``two`` of members a and b, ``small`` of one view."""
+    folder = tmp_path_factory.mktemp("append") / "work"
+    shutil.copytree(teachers, folder)
+    run = Cli(folder)
+    run("cache", "digits.py", "--out", "all", "--set", MEMBERS)
+    run("cache", "digits.py", "--out", "small", "--views", "1")
+    run.change(ABC, '("a", "b")', to="two.py")
+    run("cache", "two.py", "--out", "two", "--set", MEMBERS)
+    return folder
+
+
+@pytest.fixture
+def cli(base: Path, tmp_path: Path) -> Cli:
+    return Cli(shutil.copytree(base, tmp_path / "work"))
+
+
+def files(cache: Path) -> dict[str, bytes]:
+    """All that is never rewritten."""
+    kept = ("plans", "keys", "objects", "commits", "pages", "manifests")
+    return {f"{d}/{p.name}": p.read_bytes() for d in kept for p in (cache / d).iterdir()}
+
+
+def said(cache: Cache, split: str = "train", view: int = 1, count: int = 150, **ensemble: object) -> torch.Tensor:
+    return cache.mixed(EnsembleConfig(**ensemble)).targets_at(np.arange(count), view, split=split).logprobs
+
+
+def test_a_member_is_appended_as_if_it_had_been_there(cli: Cli) -> None:
+    before, digest = files(cli.folder / "two"), open_cache(cli.folder / "two").digest
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    after = files(cli.folder / "two")
+    assert {name: after[name] for name in before} == before
+    together, whole = open_cache(cli.folder / "two"), open_cache(cli.folder / "all")
+    assert together.manifest().parent == digest
+    for split, view in (("train", 0), ("train", 1), ("test", 0)):
+        assert torch.equal(said(together, split, view), said(whole, split, view))
+        for rule in ("mean_probs", "mean_logits"):
+            assert torch.equal(said(together, split, view, combine=rule), said(whole, split, view, combine=rule))
+    figures = [c.targets_at(np.arange(150), 1) for c in (together, whole)]
+    for name in ("entropy", "mutual_information", "label_logprob"):
+        assert torch.allclose(*(getattr(f, name) for f in figures), atol=5e-3), name
+    old, new = (c.manifest().statistics["test"]["predictors"] for c in (together, whole))
+    assert old.keys() == new.keys() == {"a", "b", "c", "ensemble"}
+    for name in new:
+        assert old[name]["nll"] == pytest.approx(new[name]["nll"], abs=2e-3)
+    cli("verify", "two", "--deep")
+    assert "nothing to capture" in cli("append", "digits.py", "--cache", "two", "--set", MEMBERS).stdout
+
+
+def test_what_was_there_before_can_still_be_opened(cli: Cli) -> None:
+    digest, before = open_cache(cli.folder / "two").digest, said(open_cache(cli.folder / "two"))
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    cli("gc", "two", "--delete")
+    assert torch.equal(said(open_cache(cli.folder / "two", manifest=digest)), before)
+    train = ["train", "two.py", "--cache", "two", "--set", "epochs=1"]
+    cli(*train, "--out", "r", "--manifest", digest)
+    assert "holds no manifest" in cli(*train, "--out", "s", "--manifest", "f" * 64, code=3).stderr
+    assert "holds no manifest" in cli(*train, "--out", "s", "--manifest", "../CURRENT", code=3).stderr
+
+
+SPY = """
+
+
+class Spy(Net):
+    def forward(self, image):
+        if self._who != "c" and len(image) > 2:
+            raise RuntimeError("asked again")
+        return super().forward(image)
+
+    def _get_name(self):  # what a module prints is a part of who it is
+        return "Net"
+
+
+def spy(name):
+    net = Spy(48)
+    net._who = name  # attributes with an underscore are none
+    return net
+"""
+
+
+def test_only_what_is_new_runs(cli: Cli) -> None:
+    """The members that the cache holds are not asked again: here they would not answer."""
+    cli.change("build=lambda: Net(48)", "build=lambda name=name: spy(name)")
+    with (cli.folder / "digits.py").open("a") as file:
+        file.write(SPY)
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    assert torch.equal(said(open_cache(cli.folder / "two")), said(open_cache(cli.folder / "all")))
+
+
+def test_a_tap_is_appended(cli: Cli) -> None:
+    cli.change(
+        'taps=(ed.Tap(member="a", module="pool"),)',
+        'taps=(ed.Tap(member="a", module="pool"), ed.Tap(member="b", module="head"))',
+    )
+    before = files(cli.folder / "small")
+    cli("append", "digits.py", "--cache", "small", "--views", "1")
+    assert files(cli.folder / "small").items() >= before.items()
+    cli("cache", "digits.py", "--out", "anew", "--views", "1")
+    parts = [
+        open_cache(cli.folder / c).targets_at(np.arange(900, 1000), taps=["tap/b.head", "tap/a.pool"]).features
+        for c in ("small", "anew")
+    ]
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[1])
+
+
+def test_views_are_appended(cli: Cli, captured: Path) -> None:
+    before = files(cli.folder / "small")
+    cli("append", "digits.py", "--cache", "small", "--views", "2")
+    assert files(cli.folder / "small").items() >= before.items()
+    appended, anew = open_cache(cli.folder / "small"), open_cache(captured / "cache")
+    assert appended.content_digest == anew.content_digest
+    assert appended.manifest().statistics == anew.manifest().statistics
+
+
+def test_samples_and_splits_are_appended_behind_those_there_are(cli: Cli) -> None:
+    few = ["--views", "1", "--limit", "150"]
+    cli("cache", "digits.py", "--out", "grown", *few)
+    for limit in ("170", "530", "1000"):
+        cli("append", "digits.py", "--cache", "grown", "--views", "1", "--limit", limit)
+    grown, anew = open_cache(cli.folder / "grown"), open_cache(cli.folder / "small")
+    assert grown.plan.splits["train"].cuts == (150, 170, 530) and grown.plan.splits["train"].rows == 1000
+    assert len(grown.plan.parents) == 3
+    rows = np.random.default_rng(0).permutation(1000)
+    for memory in (1 << 30, 30_000):  # read whole, and by units
+        again = open_cache(cli.folder / "grown", memory=memory)
+        assert torch.equal(again.targets_at(rows).logprobs, anew.targets_at(rows).logprobs)
+    cli("train", "digits.py", "--cache", "grown", "--out", "r", "--set", "epochs=1")
+    cli("train", "digits.py", "--cache", "small", "--out", "s", "--set", "epochs=1")
+    lines = [(cli.folder / r / "metrics.jsonl").read_text().splitlines()[0] for r in "rs"]
+    assert json.loads(lines[0])["train"] == json.loads(lines[1])["train"]
+    cli.change('"test": slice(1200, None)}', '"test": slice(1200, None), "asked_for": slice(1500, 1600)}')
+    cli("append", "digits.py", "--cache", "grown", "--views", "1")
+    assert len(open_cache(cli.folder / "grown").table("asked_for")) == 100
+    cli("verify", "grown", "--deep")
+
+
+def test_an_append_that_is_stopped_goes_on_and_readers_see_what_was_there(cli: Cli) -> None:
+    before = open_cache(cli.folder / "two").digest
+    append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
+    from ensemble_distill.cache.commits import held_plan
+    from ensemble_distill.store.store import open_store
+
+    cli(*append)
+    store = open_store(cli.folder / "two")
+    content = open_cache(cli.folder / "two").content_digest
+    # As a kill in the middle leaves it: half of the new units, and the old manifest still in force.
+    new = sorted(unit for unit in store.committed() if unit.endswith(".targets.1"))
+    for unit in new[::2]:
+        store.storage.remove(f"commits/{unit}.json")
+    (cli.folder / "two" / "CURRENT").write_text(f"{before}\n")
+    assert held_plan(store).parents
+    assert open_cache(cli.folder / "two").digest == before
+    cli("verify", "two")
+    cli("train", "two.py", "--cache", "two", "--out", "r", "--set", "epochs=1")
+    cli("copy", "two", "copied")
+    assert open_cache(cli.folder / "copied").digest == before
+    assert (
+        "is not complete"
+        in cli("append", "digits.py", "--cache", "two", "--set", MEMBERS, "--views", "3", code=3).stderr
+    )
+    cli("gc", "two", "--delete")
+    cli(*append)
+    assert open_cache(cli.folder / "two").content_digest == content
+    assert open_cache(cli.folder / "two").manifest().parent == before
+
+
+def test_a_grown_cache_is_repaired_and_copied(cli: Cli) -> None:
+    parent = open_cache(cli.folder / "two").digest
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    expected = said(open_cache(cli.folder / "two"))
+    cli("copy", "two", "copied")
+    assert torch.equal(said(open_cache(cli.folder / "copied")), expected)
+    cli("gc", "copied", "--delete")
+    cli("verify", "copied")
+    for shard in sorted((cli.folder / "two" / "objects").iterdir())[::3]:
+        flip(shard)
+    cli("verify", "two", code=4)
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    cli("verify", "two", "--deep")
+    assert torch.allclose(said(open_cache(cli.folder / "two")), expected, atol=1e-5)
+    assert open_cache(cli.folder / "two").manifest().parent == parent
+
+
+@pytest.mark.parametrize(
+    ("change", "cache", "options", "code", "message"),
+    [
+        ((ABC, '("a", "b")'), "all", ["--set", MEMBERS], 3, "members"),
+        ((ABC, '("c", "a", "b")'), "two", ["--set", MEMBERS], 3, "members"),
+        (("Crop(padding=1)", "Crop(padding=2)"), "small", [], 3, "padding"),
+        (("taps=(", "taps=() and ("), "small", ["--views", "1"], 3, "holds tap.a.pool"),
+        (("labels[part]", "labels[part][::-1]"), "small", ["--views", "1"], 3, "labels of the first 200 rows"),
+        ((ABC, ABC), "small", ["--views", "1", "--limit", "100"], 3, "holds 200 rows of held_out"),
+        ((ABC, ABC), "small", ["--set", 'codec={"name":"topk","k":3}'], 2, "another codec cannot be appended"),
+        ((ABC, ABC), "small", ["--set", "temperature=2"], 3, "temperature_after"),
+    ],
+)  # fmt: skip
+def test_what_is_not_more_is_refused_before_anything_is_written(
+    cli: Cli, change: tuple[str, str], cache: str, options: list[str], code: int, message: str
+) -> None:
+    cli.change(*change)
+    before = files(cli.folder / cache)
+    assert message in cli("append", "digits.py", "--cache", cache, *options, code=code).stderr
+    assert files(cli.folder / cache) == before
+
+
+def test_a_member_is_appended_only_where_each_is_kept(cli: Cli) -> None:
+    cli("cache", "two.py", "--out", "mixture", "--views", "1")
+    stderr = cli("append", "digits.py", "--cache", "mixture", "--views", "1", code=2).stderr
+    assert "keeps its predictions as dense" in stderr and "Members()" in stderr
+    kept = 'codec={"name":"members","inner":{"name":"topk","k":3}}'
+    cli("cache", "two.py", "--out", "kept", "--views", "1", "--set", kept)
+    assert (
+        "3 likeliest classes"
+        in cli("append", "digits.py", "--cache", "kept", "--views", "1", "--set", kept, code=2).stderr
+    )
+    tuned = ["--views", "1", "--set", MEMBERS, "--set", "calibrate=held_out"]
+    cli("cache", "two.py", "--out", "tuned", *tuned)
+    assert "is calibrated" in cli("append", "digits.py", "--cache", "tuned", *tuned, code=2).stderr
+
+
+def test_only_to_a_sealed_cache_is_appended(cli: Cli) -> None:
+    cli("cache", "digits.py", "--out", "part", "--units", "0:2")
+    assert "is not sealed" in cli("append", "digits.py", "--cache", "part", "--views", "3", code=3).stderr
+    assert "no such directory" in cli("append", "digits.py", "--cache", "none", code=2).stderr
+
+
+def test_pages_of_a_split_do_not_go_across_its_cuts() -> None:
+    split = Split(rows=23, views=1, unit_rows=5, labels=None, cuts=(7, 8, 18))
+    spans = [split.span(page) for page in range(split.pages)]
+    assert spans == [(0, 5), (5, 7), (7, 8), (8, 13), (13, 18), (18, 23)]
+    pages = split.page_of(np.arange(23))
+    assert all(first <= row < last for row, page in enumerate(pages) for first, last in [spans[page]])
+    for cuts in ((0,), (7, 7), (23,), (9, 8)):
+        with pytest.raises(ValueError, match=r"cuts|greater"):
+            Split(rows=23, views=1, unit_rows=5, labels=None, cuts=cuts)
