@@ -82,6 +82,8 @@ def test_soft_targets_do_not_grow_with_the_batch_or_half_precision() -> None:
     twice = float(soft_targets(x.repeat(2, 1), Targets(targets.logprobs.repeat(2, 1)), 2.0))
     assert once == pytest.approx(twice, rel=1e-6)
     assert float(soft_targets(x.bfloat16(), targets, 2.0)) == pytest.approx(once, rel=2e-2)
+    read = soft_targets(x.bfloat16(), targets, 2.0)
+    assert float(read) == pytest.approx(float(soft_targets(x.bfloat16().float(), targets, 2.0)), rel=1e-5)
     extreme = torch.tensor([[3e4, -3e4, 0.0]])
     assert torch.isfinite(soft_targets(extreme, Targets(torch.log_softmax(torch.zeros(1, 3), 1))))
 
@@ -188,6 +190,29 @@ def test_losses_equal_their_formulas_on_all_and_on_kept_classes(
     assert abs(float(loss(at_teacher + 3.0, targets))) < 1e-5, "zero where the student says what the ensemble said"
 
 
+@pytest.mark.parametrize("name", ORACLES)
+def test_all_keep_the_square_of_the_temperature_in_front(name: str) -> None:
+    logits, logprobs = random_case(5, 7)
+    loss, oracle = ORACLES[name]
+    more = {"beta": 0.3} if name == "jsd" else {}
+    loss = jensen_shannon if name == "jsd" else loss
+    targets = Targets(torch.tensor(logprobs, dtype=torch.float32))
+
+    def expected(x: np.ndarray) -> float:
+        return 9 * oracle(softmax(logprobs / 3), softmax(x / 3))
+
+    value, gradient = value_and_gradient(lambda x: loss(x, targets, temperature=3.0, **more), logits)
+    assert value == pytest.approx(expected(logits), rel=1e-4)
+    np.testing.assert_allclose(gradient, numeric(expected, logits), atol=5e-5)
+
+
+def test_the_reverse_kl_counts_impossible_classes_as_of_probability_e_to_the_minus_30() -> None:
+    x = torch.zeros(1, 2, requires_grad=True)
+    loss = reverse_kl(x, Targets(torch.tensor([[0.0, -torch.inf]])))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(15 - np.log(2), rel=1e-6) and torch.isfinite(x.grad).all()
+
+
 @pytest.mark.parametrize("temperature", [1.5, 4.0])
 def test_kept_classes_at_a_temperature_keep_the_square_in_front(temperature: float) -> None:
     logits, p, ids, hot = ghost(4, 9, 3, temperature)
@@ -228,18 +253,20 @@ def test_a_sample_gives_the_cross_entropy_less_the_entropy_and_counts_repeated_i
         jensen_shannon(torch.zeros(3, 7), targets, beta=1)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("gap", [5.0, 30.0, 200.0])
-def test_what_all_others_have_is_exact_where_they_have_next_to_nothing(gap: float) -> None:
+def test_what_all_others_have_is_exact_where_they_have_next_to_nothing(gap: float, temperature: float) -> None:
     logits = torch.zeros(2, 50, dtype=torch.float64)
     logits[:, 7] = gap
-    x = logits.float().requires_grad_()
-    others = bucketed_log_probs(x, torch.tensor([[7], [7]]))[1]
+    logits[:, 3] = 1  # not all others are equal
+    x = (logits.float() * temperature).requires_grad_()
+    others = bucketed_log_probs(x, torch.tensor([[7], [7]]), temperature)[1]
     exact = torch.logsumexp(torch.cat([logits[:, :7], logits[:, 8:]], 1), 1) - torch.logsumexp(logits, 1)
     torch.testing.assert_close(others.double(), exact, rtol=1e-5, atol=0)
-    (others.sum()).backward()
-    shares = torch.full((2, 50), 1 / 49)
-    shares[:, 7] = 0
-    torch.testing.assert_close(x.grad, shares - torch.softmax(logits.float(), 1), atol=1e-5, rtol=1e-4)
+    (3 * others.sum()).backward()
+    shares = torch.softmax(logits.index_fill(1, torch.tensor([7]), -torch.inf), 1)
+    expected = 3 / temperature * (shares - torch.softmax(logits, 1))
+    torch.testing.assert_close(x.grad.double(), expected, atol=1e-5, rtol=1e-4)
     assert float(bucketed_log_probs(torch.zeros(1, 2), torch.tensor([[0, 1]]))[1]) == -np.inf
 
 

@@ -34,8 +34,8 @@ def forward_kl(student_logits_BC: Tensor, targets: Targets, temperature: float =
     p, q = _pair(student_logits_BC, targets, temperature)
     if targets.kind == "unbiased":
         own = targets.entropy if targets.entropy is not None else torch.zeros_like(q[:, 0])
-        return -_expected(p, q) - own
-    return _expected(p, p) - _expected(p, q)
+        return -expected(p, q) - own
+    return expected(p, p) - expected(p, q)
 
 
 def reverse_kl(
@@ -47,8 +47,8 @@ def reverse_kl(
     are one more class. UsageError for a sample of classes: its zeros are no probabilities.
     """
     p, q = _pair(student_logits_BC, targets, temperature)
-    _refuse_sample(targets, "the reverse KL")
-    return mean(temperature**2 * (_expected(q, q) - _expected(q, p.clamp(min=-30))), weights)
+    refuse_sample(targets, "the reverse KL")
+    return mean(temperature**2 * (expected(q, q) - expected(q, p.clamp(min=-30))), weights)
 
 
 def jensen_shannon(
@@ -66,9 +66,9 @@ def jensen_shannon(
     if not 0 < beta < 1:
         raise UsageError(f"beta={beta}: expected a number between 0 and 1")
     p, q = _pair(student_logits_BC, targets, temperature)
-    _refuse_sample(targets, "the Jensen-Shannon divergence")
+    refuse_sample(targets, "the Jensen-Shannon divergence")
     m = torch.logaddexp(p + math.log(beta), q + math.log(1 - beta))
-    rows = beta * (_expected(p, p) - _expected(p, m)) + (1 - beta) * (_expected(q, q) - _expected(q, m))
+    rows = beta * (expected(p, p) - expected(p, m)) + (1 - beta) * (expected(q, q) - expected(q, m))
     return mean(temperature**2 * rows, weights)
 
 
@@ -103,13 +103,13 @@ def _pair(student_logits_BC: Tensor, targets: Targets, temperature: float) -> tu
     return p, torch.cat([kept, others[:, None]], dim=1)
 
 
-def _expected(p: Tensor, values: Tensor) -> Tensor:
+def expected(p: Tensor, values: Tensor) -> Tensor:
     """Σ exp(p) · values of each row; where p is 0 the product is 0, and so is its gradient."""
     nothing = p.isneginf()
-    return (p.masked_fill(nothing, 0.0).exp() * values.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0).sum(dim=1)
+    return (p.masked_fill(nothing, 0.0).exp() * values.masked_fill(nothing, 0.0)).sum(dim=1)
 
 
-def _refuse_sample(targets: Targets, what: str) -> None:
+def refuse_sample(targets: Targets, what: str) -> None:
     if targets.kind == "unbiased":
         raise UsageError(
             f"{what} needs probabilities, and a sample of classes has unbiased weights only",
