@@ -67,7 +67,11 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda job: train(*job, args.cache, args.out, threads), jobs))
     tests = {job: line["test"] for job, line in zip(jobs, done, strict=True)}
-    Path("docs/results.md").write_text(page(args, tests, done[jobs.index(("train", 0))]["step"]))
+    path = Path("docs/results.md")
+    _, heading, rest = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
+    path.write_text(
+        page(args, tests, done[jobs.index(("train", 0))]["step"]) + heading + rest
+    )  # other scripts' sections
     print("docs/results.md")
 
 
