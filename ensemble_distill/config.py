@@ -173,6 +173,11 @@ class ViewsConfig(Config):
             dumped.pop("mix", None)
         return dumped
 
+    @property
+    def plain(self) -> bool:
+        """Whether all views show the sample as it is: then they differ in what a codec draws, and in nothing else."""
+        return not self.transforms and self.mix is None
+
 
 class DataConfig(Config):
     """Sources by split (``train`` is shown in views; the others in view 0) and what they mean."""

@@ -228,3 +228,25 @@ def test_shares_can_be_fitted_to_kept_classes(cli: Cli) -> None:
 def test_fitting_without_members_or_labels_is_refused(cli: Cli) -> None:
     assert "keeps the members' mixture only" in cli("fit-weights", "digits.py", "--cache", "cache", code=2).stderr
     assert "no split 'x'" in cli("fit-weights", "digits.py", "--cache", "members", "--split", "x", code=2).stderr
+
+
+def test_views_without_transforms_are_draws(cli: Cli) -> None:
+    """Of what no transform changes, a codec that draws gives each view a draw of its own."""
+    cli.change("transforms=(ed.Crop(padding=1),), ", "")
+    cli("cache", "digits.py", "--out", "draws", "--set", 'codec={"name":"varopt","k":3}')
+    cache = open_cache(cli.folder / "draws")
+    first, second = (cache.targets_at(np.arange(1000), view) for view in (0, 1))
+    assert not torch.equal(first.ids, second.ids)
+    cli(
+        "train",
+        "digits.py",
+        "--cache",
+        "draws",
+        "--out",
+        "r",
+        "--set",
+        "epochs=2",
+        "--set",
+        "objective.soft.temperature=1",
+    )
+    assert "only varopt and sampled draw anew" in cli("cache", "digits.py", "--out", "none", code=2).stderr

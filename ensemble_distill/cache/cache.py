@@ -278,7 +278,7 @@ class Cache:
         So a transform is found that was changed under its old name. Of a source whose first samples are others than
         the cache's, these cannot be compared, and a warning says so. The loader looks once, before it renders.
         """
-        if split not in self.parts or self.parts[split].views == 1:
+        if split not in self.parts or self.parts[split].views == 1 or self._views.plain:
             return
         rows, expected = self.plan.splits[split].rows, self.plan.capture.audit
         made = renderings(source, self._views, sorted({entry.view for entry in expected}), rows)
@@ -442,7 +442,7 @@ def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor |
 
 def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfig, view: int) -> dict[str, Tensor]:
     """A batch as the teachers and the student see it: view 0 is the sample as it is, the others are drawn."""
-    if view == 0:
+    if view == 0 or views.plain:
         return inputs
     return inputs | {views.input: render(viewed(inputs, views), keys, views, view)}
 

@@ -28,7 +28,7 @@ from ensemble_distill.cache.plan import (
     unit_rows,
 )
 from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering, Renderings
-from ensemble_distill.codec import Features, PartnerKey, RowFigures, resolved
+from ensemble_distill.codec import Features, PartnerKey, RowFigures, Sampled, VarOpt, resolved
 from ensemble_distill.config import CacheConfig, DataConfig, Precision, difference, suggestion
 from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
@@ -278,10 +278,10 @@ def _short(value: Any) -> str:
 
 
 def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
-    if config.views > 1 and not data.views.transforms and data.views.mix is None:
+    if config.views > 1 and data.views.plain and not isinstance(config.codec, (VarOpt, Sampled)):
         raise UsageError(
             f"{config.views} views were asked for, but data() has no transforms: they would all be the same",
-            hint="give ViewsConfig some transforms or mix, or drop --views",
+            hint="give ViewsConfig some transforms or mix, or drop --views; only varopt and sampled draw anew in each",
         )
     names = [*(member.name for member in config.members), "ensemble"]
     if state_bytes(names, len(data.classes)) > MAX_STATE_BYTES:
@@ -297,13 +297,13 @@ def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source])
 
 def _check_views(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
     """Refuse transforms that do not give the same pixels each time, on the first rows of what is shown in views."""
-    if config.views > 1 and "train" in sources:
+    if config.views > 1 and "train" in sources and not data.views.plain:
         inputs, _, keys = read(sources["train"], np.arange(min(PROBE_ROWS, len(sources["train"]))))
         check_deterministic(viewed(inputs, data.views), keys, data.views)
 
 
 def _audit(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> tuple[Rendering, ...]:
-    if config.views == 1 or "train" not in sources:
+    if config.views == 1 or "train" not in sources or data.views.plain:
         return ()
     source = sources["train"]
     return renderings(source, data.views, range(min(config.views, AUDIT_VIEWS)), len(source))
