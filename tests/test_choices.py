@@ -250,3 +250,19 @@ def test_views_without_transforms_are_draws(cli: Cli) -> None:
         "objective.soft.temperature=1",
     )
     assert "only varopt and sampled draw anew" in cli("cache", "digits.py", "--out", "none", code=2).stderr
+
+
+def test_reports_say_who_taught_and_in_which_order_it_was_tempered(cli: Cli, cache: Cache) -> None:
+    taught = cache.mixed(EnsembleConfig(weights={"a": 0.25, "c": 0.75}, temperatures={"a": 2.0})).taught_by()
+    assert taught == {
+        "combine": "mean_probs",
+        "shares": {"a": 0.25, "c": 0.75},
+        "temperatures": {"a": 2.0, "c": 1.0},
+        "temperature": 1.0,
+    }
+    chosen = ["--set", 'ensemble.weights={"a": 1}', "--set", "ensemble.temperature=2", "--set", "epochs=1"]
+    printed = cli("train", "digits.py", "--cache", "members", "--out", "r", *chosen).stdout
+    assert "targets: mean_probs of a 1 at T 1; then T 2 after averaging" in printed
+    assert json.loads((cli.folder / "r" / "config.json").read_text())["taught_by"]["temperature"] == 2
+    assert json.loads(cli("evaluate", "digits.py", "--run", "r", "--json").stdout)["taught_by"]["shares"] == {"a": 1.0}
+    assert "then T 1 after averaging" in cli("inspect", "members").stdout

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,6 +129,20 @@ class Cache:
                 hint="choose weights alone, or capture with codec=Members(inner=Dense())",
             )
         return mixture
+
+    def taught_by(self) -> dict[str, Any]:
+        """Whose predictions these targets are, and in which order they were tempered and averaged, for reports.
+
+        temperatures: of each member before averaging. temperature: after it. Losses temper once more, after that.
+        """
+        before = dict(zip(dict(self.captured.shares), self.plan.reading.temperature_before, strict=True))
+        tempered, total = dict(self.mixture.tempered), sum(share for _, share in self.mixture.shares)
+        return {
+            "combine": self.mixture.combine,
+            "shares": {name: share / total for name, share in self.mixture.shares},
+            "temperatures": {name: before[name] * tempered.get(name, 1.0) for name, _ in self.mixture.shares},
+            "temperature": self.mixture.temperature,
+        }
 
     def manifest(self) -> Manifest:
         """What was sealed: digests, rows, bytes, statistics."""

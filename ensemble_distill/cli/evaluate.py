@@ -67,6 +67,8 @@ def command(
             check_same_cache(run_path, cache)
         cache = cache.mixed(run_ensemble(run_path))
     result = evaluate(model, splits[split], cache, split, on, batch_size=batch_size or 512, workers=workers)
+    if cache is not None:
+        result["taught_by"] = cache.taught_by()
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return

@@ -127,7 +127,7 @@ def _plot(held: Any, statistics: dict[str, Any], picture: str, split: str | None
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail
+    from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail, taught_by
     from ensemble_distill.config import named
 
     reading, capture = plan.reading, plan.capture
@@ -136,7 +136,7 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     console.say(f"manifest digest  {held.digest}")
     more = ", …" if len(reading.classes) > 12 else ""
     console.say(f"classes   {len(reading.classes)}: {', '.join(reading.classes[:12])}{more}")
-    console.say(f"combine   {reading.combine}, temperature {reading.temperature_after} after averaging")
+    console.say(f"combine   {taught_by(held.taught_by())}")
     transforms = ", ".join(named(t) for t in reading.views.transforms) or "none"
     mix = reading.views.mix
     mixed = f"; {mix.kind} (alpha {mix.alpha:g})" if mix else ""

@@ -33,6 +33,8 @@ def record(
     store = open_store(out, create=not append)
     leases = Leases(lease_storage(store.storage))
     on = devices(device)
+    if config.calibrate is not None:
+        console.say(f"calibrating on {config.calibrate}, unless that was done already")
     with ui.stoppable(grace) as stop:
         plan, ensemble = prepare(data, config, splits, store, leases, on, append)
         where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))

@@ -101,6 +101,14 @@ def show_calibration(console: Console, calibration: Calibration | None) -> None:
     console.table(table(f"calibrated on {on.rows:,} rows of {on.split}", ["", "temperature", "NLL", "ECE"], rows))
 
 
+def taught_by(taught: Mapping[str, Any]) -> str:
+    """Whose predictions, tempered and averaged in which order: ``mean_probs of a .5 at T 1, b .5 at T 1.2, then …``."""
+    members = ", ".join(
+        f"{name} {share:.3g} at T {taught['temperatures'][name]:.4g}" for name, share in taught["shares"].items()
+    )
+    return f"{taught['combine']} of {members}; then T {taught['temperature']:.4g} after averaging"
+
+
 def show_tail(console: Console, capture: Capture) -> None:
     """What a capture with top-k members cannot say, or only assumes; nothing where all members gave all classes."""
     names = ", ".join(member.name for member in capture.members if member.gives == "topk")

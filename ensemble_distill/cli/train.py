@@ -45,7 +45,7 @@ def command(
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.pipeline import Pipeline, sources
     from ensemble_distill.cli.reading import opened
-    from ensemble_distill.cli.show import scores
+    from ensemble_distill.cli.show import scores, taught_by
     from ensemble_distill.config import override
     from ensemble_distill.device import devices
     from ensemble_distill.training.events import Events
@@ -77,6 +77,7 @@ def command(
             f"student: {parameters:,} parameters, {run.precision} on {run.device}; "
             f"cache {cache.content_digest[:12]}, {views} view(s)"
         )
+        console.say(f"targets: {taught_by(run.cache.taught_by())}")
 
         def report(p: Progress) -> None:
             if p.line is None:

@@ -315,6 +315,7 @@ class Run:
             self.described: dict[str, Any] = wanted | {
                 "cache": location(self.cache.root),
                 "manifest": self.cache.digest,
+                "taught_by": self.cache.taught_by(),
                 "partial": self.cache.partial,
                 "provenance": provenance(),
             }
