@@ -30,13 +30,13 @@ Students = dict[str, tuple[str, str, tuple[str, ...]]]
 
 def students(fitted: Sequence[str]) -> Students:
     return {
-        "alone-1": ("student alone, 1 view", "alone", ("views=1",)),
-        "alone-16": ("student alone, 16 views", "alone", ("views=16",)),
         "views-1": ("distilled, 1 view", "train", ("views=1",)),
         "views-4": ("distilled, 4 views", "train", ("views=4",)),
         "views-16": ("distilled, 16 views", "train", ("views=16",)),
         "fitted-16": ("the same, shares and temperatures fitted on held-out labels", "train", ("views=16", *fitted)),
         "logits-16": ("the same, mean of logits", "train", ("views=16", "ensemble.combine=mean_logits")),
+        "alone-1": ("student alone, 1 view", "alone", ("views=1",)),
+        "alone-16": ("student alone, 16 views", "alone", ("views=16",)),
     }
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     fit = ("fit-weights", PIPELINE, "--cache", cache, "--limit", ROWS, "--temperatures", "--json")
     fitted = json.loads(command(*fit))
     chosen = students(fitted["settings"])
-    jobs = [(name, seed) for seed in range(SEEDS) for name in chosen]
+    jobs = [(name, seed) for name in chosen for seed in range(SEEDS)]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda job: train(job[0], *chosen[job[0]][1:], job[1], args.out, cache), jobs))
     scores = {name: [s for (n, _), s in zip(jobs, done, strict=True) if n == name] for name in chosen}
