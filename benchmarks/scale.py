@@ -48,10 +48,12 @@ class Simulated:
         self._lock = threading.Lock()
         self.keys = bytes(16)
         self.plan_digest = ""
-        tally = Tally.empty(plan.predictors, len(plan.reading.classes)).state()
+        tally = Tally.empty(plan.predictors, len(plan.reading.classes))
+        tally.add("rows", 1)
         self._template = Commit(
             plan="P", unit="U", object="0" * 64 + ".h5", size=1000, rows=1, segments=(), blocks=("0" * 64,),
-            content="0" * 64, keys=sha256(self.keys), statistics=tally, provenance={"time": "2026", "device": "cpu"},
+            content="0" * 64, keys=sha256(self.keys), statistics=tally.state(),
+            provenance={"time": "2026", "device": "cpu"},
         )  # fmt: skip
         self._body = records.dump(self._template).decode()
         self._plain = records.dump(self._template.model_copy(update={"statistics": None})).decode()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ensemble_distill.frozen import Config
 
@@ -22,6 +22,12 @@ TEMPERATURES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 Arrays = dict[str, tuple[str, tuple[int, ...]]]
 
 Classes = Annotated[int, Field(ge=0, le=MAX_CLASSES)]
+
+
+def _distinct(temperatures: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(temperatures)) < len(temperatures):
+        raise ValueError(f"a temperature stands twice in {temperatures}")
+    return temperatures
 
 
 class Dense(Config):
@@ -58,7 +64,9 @@ class TopK(Config):
     classes: Classes = 0
     k: int = Field(ge=1, le=1 << 16)
     values: Literal[8, 16] = 8
-    temperatures: tuple[Annotated[float, Field(gt=1, le=100)], ...] = Field(TEMPERATURES, max_length=32)
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=1, le=100)], ...], AfterValidator(_distinct)] = Field(
+        TEMPERATURES, max_length=32
+    )
 
     def arrays(self) -> Arrays:
         # Without temperatures there is no array: HDF5 has none of size zero.

@@ -20,6 +20,10 @@ MAX_NUMBERS = 2000
 COUNT_BYTES, SUM_BYTES = 16, 25
 MAX_STATE_BYTES = 1 << 19  # half of what a commit may take
 
+# No sum of figures over rows comes near.
+MAX_SUM = 1e18
+
+FIDELITY_ROWS = ("rows", "kl_rows", "angle_rows", "means")
 FIDELITY = ("rows", "kl_rows", "kl", "total_variation", "agreement", "angle_rows", "angle", "means", "mean_angle")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -49,20 +53,50 @@ class Tally:
     def holds(self, name: str) -> bool:
         return self.sums[name].size > 0
 
-    def merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def merge(self, states: Sequence[Mapping[str, Any]], rows: Sequence[int] | None = None) -> None:
         """Add what the ``state`` of other tallies says; many at once, for there may be a million.
 
-        ValueError where they are of other predictors or classes.
+        rows: of which each of them has to be. ValueError where they are of other predictors or classes, or are no sums
+        over rows; nothing was added then.
         """
-        names = list(self.names)
-        if any(state["names"] != names for state in states):
-            raise ValueError(f"expected predictors {names}")
+        names, fields = list(self.names), {"names", *self.sums}
+        for state in states:
+            if state["names"] != names:
+                raise ValueError(f"expected predictors {names}")
+            if state.keys() != fields:
+                raise ValueError(f"expected the sums {', '.join(sorted(fields - state.keys())) or 'and no others'}")
+        found = {name: self._numbers(name, [state[name] for state in states]) for name in self.sums}
+        if rows is not None and found["rows"][:, 0].tolist() != list(rows):
+            raise ValueError("they are of other rows than the unit has")
+        self._plausible(found)
         for name, held in self.sums.items():
-            found = np.array([state[name] for state in states])
-            if held.size and found.shape != (len(states), held.size):
-                raise ValueError(f"expected {held.size} numbers of {name}")
-            if held.size:
-                held += found.sum(0).reshape(held.shape)
+            held += found[name].sum(0, held.dtype).reshape(held.shape)
+
+    def _numbers(self, name: str, lists: Sequence[Any]) -> np.ndarray:
+        """One of the sums of several states, [states, numbers]; ValueError for what is no list of such numbers."""
+        held, found = self.sums[name], np.array(lists)
+        if found.shape != (len(lists), held.size):
+            raise ValueError(f"expected {held.size} numbers of {name}")
+        if not held.size:
+            return found
+        if found.dtype.kind not in ("i" if held.dtype.kind == "i" else "if"):
+            raise ValueError(f"{name} of the kind {found.dtype}")
+        if not (np.abs(found) <= MAX_SUM).all():
+            raise ValueError(f"{name} beyond what sums can be")
+        return found
+
+    def _plausible(self, found: Mapping[str, np.ndarray]) -> None:
+        """ValueError unless what counts rows counts no more than there are, so that every mean is a number."""
+        rows, labelled, predictors = found["rows"], found["labelled"], len(self.names)
+        of_fidelity = found["fidelity"][:, [FIDELITY.index(name) for name in FIDELITY_ROWS]]
+        counts = {name: found[name] for name in _counts(predictors, self.classes)} | {"fidelity": of_fidelity}
+        pairs = max(1, predictors * (predictors - 1) // 2)
+        for name, numbers in counts.items():
+            if numbers.size and ((numbers < 0) | (numbers > pairs * rows) | (numbers % 1 != 0)).any():
+                raise ValueError(f"{name} that no count of their rows can be")
+        bins = found["bin_rows"].reshape(-1, predictors, BINS).sum(2)
+        if (labelled > rows).any() or (bins != labelled).any():
+            raise ValueError("labelled rows that are not those of the bins")
 
     def state(self) -> dict[str, Any]:
         return {"names": list(self.names), **{name: held.reshape(-1).tolist() for name, held in self.sums.items()}}

@@ -187,8 +187,13 @@ def test_an_append_that_is_stopped_goes_on_and_readers_see_what_was_there(cli: C
 
 def test_a_grown_cache_is_repaired_and_copied(cli: Cli) -> None:
     parent = open_cache(cli.folder / "two").digest
+    cli("copy", "two", "before")
     cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
     expected = said(open_cache(cli.folder / "two"))
+    cli("copy", "two", "before")
+    assert torch.equal(said(open_cache(cli.folder / "before")), expected)
+    assert open_cache(cli.folder / "before", manifest=parent).digest == parent
+    cli("verify", "before")
     cli("copy", "two", "copied")
     assert torch.equal(said(open_cache(cli.folder / "copied")), expected)
     cli("gc", "copied", "--delete")

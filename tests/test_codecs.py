@@ -28,6 +28,7 @@ from ensemble_distill.codec import (
     resolved,
 )
 from ensemble_distill.codecs import features
+from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.heads import decode, encode, encode_figures, with_figures
 from ensemble_distill.codecs.packing import from_codes, pack_ids, to_codes, unpack_ids
 from ensemble_distill.errors import InvalidOutput, UsageError
@@ -78,7 +79,7 @@ def test_ids_come_back_at_any_number_of_bits(classes: int, data: st.DataObject) 
     packed = pack_ids(ids, classes)
     assert packed.dtype == torch.uint8 and packed.shape[1] == math.ceil(count * id_bits(classes) / 8)
     assert torch.equal(unpack_ids(packed, count, classes), ids)
-    assert int(unpack_ids(torch.full_like(packed, 255), count, classes).max()) < classes  # damage stays in range
+    assert int(unpack_ids(torch.full_like(packed, 255), count, classes).min()) == (1 << id_bits(classes)) - 1
 
 
 def test_ids_lie_lowest_bit_first() -> None:
@@ -300,7 +301,7 @@ def test_the_figures_of_a_row_are_entropy_mutual_information_and_the_labels_log_
     shares = np.array([1.0, 2.0, 1.0, 1.0])
     labels = torch.arange(6)
     what = replace(said(combine(members, list(shares), "mean_probs"), members, labels=labels), shares=list(shares))
-    found = with_figures(Targets(what.logprobs), encode_figures(what))
+    found = with_figures(Targets(what.logprobs, classes=10), encode_figures(what))
     p = np.stack([m.double().exp().numpy() for m in members])
     mixed = np.einsum("m,mbc->bc", shares / shares.sum(), p)
     h = lambda q: -(q * np.log(q)).sum(-1)  # noqa: E731
@@ -366,3 +367,117 @@ def test_bytes_of_a_row_are_what_the_documentation_says() -> None:
     assert size(VarOpt(k=12), 128_256) == 26 + 12 + 4 + 2
     assert size(Sampled(n=50), 128_256) == 107
     assert size(Members(), 1000) == 4000
+
+
+# Rows that no codec writes ------------------------------------------------------------------------------
+
+ALL_CODECS = [
+    Dense(),
+    Dense(bits=8),
+    TopK(k=4),
+    TopK(k=4, values=16),
+    VarOpt(k=4),
+    Sampled(n=4),
+    Members(),
+    Members(inner=TopK(k=4)),
+]
+
+
+def encoded_rows(codec: HeadCodec, rows: int = 6, classes: int = 10) -> tuple[HeadCodec, dict[str, Tensor]]:
+    members = [drawn(rows, classes, seed=seed) for seed in (1, 2)]
+    codec = resolved(codec, classes, ("a", "b"))
+    return codec, encode(codec, said(combine(members, [1.0, 1.0], "mean_probs"), members))
+
+
+MIXED = Mixture((("a", 1.0), ("b", 1.0)), "mean_probs")
+WRONG = {
+    "logprobs": [math.nan, math.inf],
+    "residual": [math.nan, math.inf, 0.5],
+    "log_z": [math.nan, math.inf, -1.0, 5.0],
+    "range": [math.nan, math.inf, -math.inf],
+    "ids": [255],
+}
+FORGED = [
+    (codec, name, value)
+    for codec in ALL_CODECS
+    for name in encoded_rows(codec)[1]
+    for value in WRONG.get(name.rpartition("/")[2], [])
+]
+
+
+@pytest.mark.parametrize(("codec", "name", "value"), FORGED)
+def test_a_row_that_no_codec_writes_is_refused_and_named(codec: HeadCodec, name: str, value: float) -> None:
+    codec, arrays = encoded_rows(codec)
+    decode(codec, arrays, MIXED)
+    arrays[name][4:].reshape(2, -1)[:, 0] = value
+    with pytest.raises(BadRow) as error:
+        decode(codec, arrays, MIXED)
+    assert error.value.row == 4 and error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("codec", [TopK(k=4), Members(inner=TopK(k=4))])
+def test_a_class_that_was_kept_twice_is_refused(codec: HeadCodec) -> None:
+    codec, arrays = encoded_rows(codec)
+    arrays["ids"][5] = 0
+    with pytest.raises(BadRow, match="row 5 of a batch: a class that was kept twice"):
+        decode(codec, arrays, MIXED)
+
+
+@pytest.mark.parametrize("codec", [Dense(bits=8), TopK(k=4), VarOpt(k=4)])
+def test_a_range_the_wrong_way_round_is_refused(codec: HeadCodec) -> None:
+    codec, arrays = encoded_rows(codec)
+    arrays["range"][:] = arrays["range"].flip(1)
+    with pytest.raises(BadRow, match="a range of log-probabilities that is none"):
+        decode(codec, arrays, MIXED)
+
+
+def test_a_dense_row_without_a_possible_class_is_refused() -> None:
+    for bits, name, value in ((16, "logprobs", -math.inf), (8, "codes", 0)):
+        codec, arrays = encoded_rows(Dense(bits=bits))
+        arrays[name][2] = value
+        with pytest.raises(BadRow, match="row 2 of a batch: no distribution"):
+            decode(codec, arrays)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("codec", ALL_CODECS)
+def test_whatever_a_codec_writes_it_decodes(codec: HeadCodec, scale: float, classes: int) -> None:
+    k = {"k": min(4, classes)}
+    if isinstance(codec, (TopK, VarOpt)):
+        codec = codec.model_copy(update=k)
+    if isinstance(codec, Members) and isinstance(codec.inner, TopK):
+        codec = Members(inner=codec.inner.model_copy(update=k))
+    members = [drawn(64, classes, scale, seed) for seed in (1, 2)]
+    members[0][:8] = -math.inf
+    members[0][:8, 1] = 0.0  # certain, and of the other member's likeliest classes it has none
+    codec = resolved(codec, classes, ("a", "b"))
+    what = said(combine(members, [1.0, 1.0], "mean_probs"), members, labels=torch.zeros(64, dtype=torch.long))
+    targets = decode(codec, encode(codec, what), MIXED)
+    if codec.name != "sampled":
+        with_figures(targets, encode_figures(what))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("entropy", -50.0), ("entropy", 5.0), ("entropy", math.inf), ("mutual_information", math.inf),
+        ("mutual_information", -1.0), ("label_logprob", 1.0), ("label_logprob", -math.inf),
+    ],
+)  # fmt: skip
+def test_figures_out_of_their_range_are_refused_and_unknown_ones_are_not(name: str, value: float) -> None:
+    what = said(drawn(6, 10), labels=torch.arange(6))
+    figures = encode_figures(what)
+    figures["entropy"][0] = math.nan
+    with_figures(Targets(what.logprobs, classes=10), figures)
+    figures[name][3] = value
+    with pytest.raises(BadRow, match=f"row 3 of a batch: {name} out of its range"):
+        with_figures(Targets(what.logprobs, classes=10), figures)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_is_refused(value: float) -> None:
+    stored = features.encode(torch.zeros(4, 3))
+    stored[2, 1] = value
+    with pytest.raises(BadRow, match="row 2 of a batch: a feature that is not finite"):
+        features.decode(stored)

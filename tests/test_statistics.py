@@ -166,15 +166,11 @@ def test_merging_a_thousand_states_is_exact_and_refuses_other_shapes() -> None:
     for name, held in whole.sums.items():
         exact = [math.fsum(t.sums[name].reshape(-1)[i] for t in tallies) for i in range(held.size)]
         np.testing.assert_allclose(held.reshape(-1), exact, rtol=1e-14, err_msg=name)
-    shapes = ({"nll": [1.0]}, {"correct": [[1], [2], [3]]}, {"names": ["a"]})
-    for lie, error in [
-        *((lie, ValueError) for lie in shapes),
-        ({"rows": [0.5]}, TypeError),
-        ({"rows": [""]}, TypeError),
-    ]:
-        with pytest.raises(error):
+    shapes = ({"nll": [1.0]}, {"correct": [[1], [2], [3]]}, {"names": ["a"]}, {"rows": [0.5]}, {"rows": [""]})
+    for lie in shapes:
+        with pytest.raises(ValueError, match=r"expected|of the kind"):
             Tally.empty(["a", "b", "ensemble"], 4).merge([states[0] | lie])
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="expected the sums"):
         Tally.empty(["a", "b", "ensemble"], 4).merge([{"names": ["a", "b", "ensemble"]}])
 
 

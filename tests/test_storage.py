@@ -512,7 +512,9 @@ def test_the_root_may_be_a_link(tmp_path: Path, local: LocalStorage) -> None:
 def test_temporaries_of_killed_writers_are_found_and_never_listed(local: LocalStorage) -> None:
     left = local.path / "a" / ".x.0123456789ab.part"
     left.write_bytes(b"torn")
-    assert list(local.temporaries()) == [left]
+    (local.path / "a" / ".y.0123456789ab.part").symlink_to("nowhere")
+    (local.path / "a" / ".z.part").mkdir()
+    assert list(local.temporaries("a")) == ["a/.x.0123456789ab.part"] and not list(local.temporaries("b"))
     assert "a/plain" in set(local.list("a")) and not any("part" in name for name in local.list("a"))
 
 
@@ -671,6 +673,21 @@ def test_leases_work_in_a_bucket_too(clock: Clock, monkeypatch: pytest.MonkeyPat
     assert one.claim("item") and not watcher.claim("item")
     clock.now += 61
     assert watcher.claim("item") and not one.claim("item")
+
+
+def test_a_pointer_that_others_change_all_the_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = RemoteStorage(f"memory://{uuid.uuid4().hex}", sleep=lambda seconds: None)
+    bucket.create("CURRENT", b"before")
+    tried = []
+
+    def overtaken(path: str, version: str, data: bytes) -> None:
+        tried.append(path)
+        raise FileExistsError
+
+    monkeypatch.setattr(bucket, "_put_over", overtaken)
+    with pytest.raises(StorageError, match="CURRENT: it changes all the time"):
+        bucket.swap("CURRENT", b"before", b"after")
+    assert len(tried) == 8 and bucket.read("CURRENT") == b"before"
 
 
 # Copies of a bucket ---------------------------------------------------------------------------------

@@ -378,7 +378,7 @@ def test_a_commit_that_does_not_follow_from_the_plan_is_refused_before_anything_
     ("unit", "lies", "reason"),
     [
         (FIRST, {"plan": "0" * 64}, "was captured under another plan"),
-        (FIRST, {"statistics": {}}, "statistics of train that do not add up"),
+        (FIRST, {"statistics": {}}, "statistics that do not add up"),
         (FIRST, {"unit": SECOND}, f"it commits unit {SECOND}"),
         (FIRST, {"surprise": 1}, "its fields are .*surprise"),
         (FIRST, {"size": "1"}, "its size is a str"),

@@ -186,8 +186,11 @@ def test_garbage_is_listed_then_removed_and_what_is_needed_stays(cached: Cli) ->
     (root / "pages" / f"{'b' * 64}.json").write_bytes(b"{}")
     (root / "leases").mkdir(exist_ok=True)
     (root / "leases/train-v000000-00000000").write_text("no lease at all")
-    os.utime(root / "objects/.x.0123.part", (0, 0))
-    refused(cached("gc", "cache", code=3), "1 work items are being captured")  # until it is seen to be dead
+    for path in ("objects/.x.0123.part", f"objects/{'a' * 64}.h5", f"pages/{'b' * 64}.json"):
+        os.utime(root / path, (0, 0))
+    refused(
+        cached("gc", "cache", code=3), "somebody is at work here, on 1 items, train-v0"
+    )  # until it is seen to be dead
     (root / "leases/train-v000000-00000000").unlink()
     listed = cached("gc", "cache").stdout
     assert "3 files" in listed and "--delete" in listed
@@ -491,7 +494,7 @@ def test_content_that_is_not_what_a_commit_says_is_found_by_a_deep_look(small: P
     lie = store.commit(unit).model_copy(update={"content": "zz"})
     store.storage.replace(f"commits/{unit}.json", records.seal(lie))
     assert verify(store).ok
-    found = verify(store, deep=lambda *args: None).damaged
+    found = verify(store, deep=[lambda *args: None]).damaged
     assert len(found) == 1 and "its content is not what its commit says" in str(found[0])
 
 

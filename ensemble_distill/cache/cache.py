@@ -24,10 +24,11 @@ from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import HeadCodec, Members, TopK
+from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
 from ensemble_distill.config import DataConfig, EnsembleConfig, ViewsConfig, difference, suggestion
-from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.mixture import Mixture
 from ensemble_distill.philox import permutation
@@ -205,7 +206,8 @@ class Cache:
                     hint="raise --memory, or memory= of open_cache",
                 )
             pages = [self._key_page(split, page) for page in range(self.plan.splits[split].pages)]
-            self._tables[split] = KeyTable(split, np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *pages]))
+            keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *pages])
+            self._tables[split] = KeyTable(split, keys, None if self.digest else self._held(split))
         return self._tables[split]
 
     def targets(self, keys: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
@@ -217,10 +219,17 @@ class Cache:
         return self.targets_at(self.table(split).rows(keys), view, split=split, taps=taps)
 
     def targets_at(self, rows: np.ndarray, view: int = 0, *, split: str = "train", taps: Sequence[str] = ()) -> Targets:
-        """The same by row of the cache (int64 [B]), for callers that have joined by key already."""
-        views = self.parts[split].views if split in self.parts else 0
-        if not 0 <= view < views:
-            raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
+        """The same by row of the cache (int64 [B]), for callers that have joined by key already.
+
+        Raises Mismatch for a row that the cache does not hold.
+        """
+        self._check_held(rows, view, split)
+        try:
+            return self._decoded(rows, view, split, taps)
+        except BadRow as error:
+            raise Corrupt(f"{self.root}: row {rows[error.row]} of {split} in view {view}: {error.problem}") from error
+
+    def _decoded(self, rows: np.ndarray, view: int, split: str, taps: Sequence[str]) -> Targets:
         arrays, codec = self._said(split, view, rows), self.head
         targets = decode(codec, arrays[MAIN], self.mixture)
         features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
@@ -360,16 +369,22 @@ class Cache:
 
     def arrays_at(self, group: Group, rows: np.ndarray, view: int, split: str) -> dict[str, dict[str, Tensor]]:
         """What stands in the cache for these rows, not decoded: arrays [B, …] by codec and name."""
+        self._check_held(rows, view, split)
+        return self._arrays(group, split, view, rows)
+
+    def _check_held(self, rows: np.ndarray, view: int, split: str) -> None:
         views = self.parts[split].views if split in self.parts else 0
         if not 0 <= view < views:
             raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
-        return self._arrays(group, split, view, rows)
+        spec = self.plan.splits[split]
+        inside = (rows >= 0) & (rows < spec.rows)
+        if not (inside.all() and self.parts[split].has(rows, spec).all()):
+            wrong = rows[~inside] if not inside.all() else rows[~self.parts[split].has(rows, spec)]
+            raise Mismatch(f"{self.root} does not hold row {wrong[0]} of {split}, which has {spec.rows} rows")
 
     def said_at(self, rows: np.ndarray, view: int, split: str) -> dict[str, dict[str, Tensor]]:
         """The same of all that was predicted: ``main`` by array, all members' together, and the figures of the rows."""
-        views = self.parts[split].views if split in self.parts else 0
-        if not 0 <= view < views:
-            raise Mismatch(f"{self.root} holds {views} view(s) of {split}, there is no view {view}")
+        self._check_held(rows, view, split)
         return self._said(split, view, rows)
 
     def _said(self, split: str, view: int, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
@@ -411,17 +426,13 @@ def open_cache(
     if copies is not None:
         store = Store(CachedStorage(store.storage, copies, copies_size))
     memory = memory or _quarter_of_memory()
-    if manifest is not None:
-        digest: str | None = _earlier(store, manifest, expect_digest)
-    else:
-        digest = store.current()
-        if digest is None and expect_digest is None:
-            return _open_part(store, memory, allow_partial)
-        trust(store, expect_digest)
-    sealed = store.manifest(str(digest))
+    digest = trust(store, expect_digest) if manifest is None else _earlier(store, manifest, expect_digest)
+    if digest is None:
+        return _open_part(store, memory, allow_partial)
+    sealed = store.manifest(digest)
     plan = store.plan(sealed.plan, Plan)
     commits = Commits(store, plan, sealed)
-    return Cache(store, plan, commits, whole(plan), memory, digest=str(digest), content_digest=sealed.content_digest)
+    return Cache(store, plan, commits, whole(plan), memory, digest=digest, content_digest=sealed.content_digest)
 
 
 def _earlier(store: Store, manifest: str, expected: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from ensemble_distill.cache.plan import Plan
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.local import LocalStorage
-from ensemble_distill.store.records import PAGE_UNITS
+from ensemble_distill.store.storage import Storage
 from ensemble_distill.store.store import Store
+
+FORGOTTEN = 3600
+# Where what is named by its content lies.
+FOLDERS = ("objects", "pages", "manifests", "plans", "calibrations")
 
 
 @dataclass(frozen=True)
@@ -22,39 +27,56 @@ class Garbage:
     name: str
     bytes: int
 
+    @property
+    def temporary(self) -> bool:
+        """Whether a writer that was killed left it: no other name begins with a dot."""
+        return self.name.rpartition("/")[2].startswith(".")
+
 
 def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garbage]:
-    """Objects without a commit, pages and manifests that CURRENT does not lead to, other plans, dead leases,
-    temporaries older than ``older_than`` seconds.
+    """Objects without a commit, pages and manifests that CURRENT does not lead to, other plans, dead leases, and
+    temporaries; in a directory those that are older than ``older_than`` seconds, leases of any age.
 
     Mismatch while somebody is at work here, since what he has written and not yet committed looks the same.
     """
-    if live := leases.live():
+    if live := [item for item in leases.live() if not _is_forgotten(store.storage, f"leases/{item}")]:
         raise Mismatch(
-            f"{store.root}: {len(live)} work items are being captured, {live[0]} for one",
-            hint="wait for the capture to end, or stop it",
+            f"{store.root}: somebody is at work here, on {len(live)} items, {live[0]} for one",
+            hint="wait for the capture, the copy or the seal to end, or stop it",
         )
     plan = held_plan(store)  # without a plan that can be read nothing here is known to be garbage
     keep = set(_reachable(store, plan))
-    names = [
-        name
-        for folder in ("objects", "pages", "manifests", "plans", "calibrations", "leases")
-        for name in store.storage.list(folder)
-        if name not in keep
-    ]
-    found = [Garbage(name, store.storage.size(name) or 0) for name in sorted(names)]
-    if isinstance(store.storage, LocalStorage):
-        root, now = store.storage.path, time.time()
-        for path in store.storage.temporaries():
-            if now - path.stat().st_mtime >= older_than:
-                found.append(Garbage(str(path.relative_to(root)), path.stat().st_size))
-    return found
+    names = [name for folder in (*FOLDERS, "leases") for name in store.storage.list(folder) if name not in keep]
+    if not isinstance(store.storage, LocalStorage):
+        return [Garbage(name, store.storage.size(name) or 0) for name in sorted(names)]
+    for folder in ("", "keys", "commits", *FOLDERS, "leases"):
+        names += store.storage.temporaries(folder)
+    return list(_old(store.storage, sorted(names), time.time() - older_than))
+
+
+def _is_forgotten(storage: Storage, name: str) -> bool:
+    """Whether a lease in a directory was not renewed for an hour, which is done each quarter of a minute.
+
+    It is that of a machine that is gone, and nobody may ever take it over.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return isinstance(storage, LocalStorage) and (storage.path / name).lstat().st_mtime < time.time() - FORGOTTEN
+    return True
+
+
+def _old(storage: LocalStorage, names: list[str], before: float) -> Iterator[Garbage]:
+    """What was written before a time (seconds since 1970), and leases; what is gone meanwhile is left out."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            found = (storage.path / name).lstat()
+            if found.st_mtime <= before or name.startswith("leases/"):
+                yield Garbage(name, found.st_size)
 
 
 def remove(store: Store, found: list[Garbage]) -> None:
     for item in found:
-        if item.name.endswith(".part") and isinstance(store.storage, LocalStorage):
-            (store.storage.path / item.name).unlink(missing_ok=True)
+        if item.temporary and isinstance(store.storage, LocalStorage):
+            store.storage.remove_temporary(item.name)
         else:
             store.storage.remove(item.name)
 
@@ -80,8 +102,8 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
         sealed = store.plan(manifest.plan, Plan)
         yield f"manifests/{current}.json"
         yield f"plans/{manifest.plan}.json"
-        for page in manifest.pages:
+        for n, page in enumerate(manifest.pages):
             yield f"pages/{page}.json"
-            for commit in store.page(page, sealed.page_bytes(PAGE_UNITS)).commits:
+            for commit in store.page(page, sealed.page_limit(n)).commits:
                 yield f"objects/{commit.object}"
         current = manifest.parent  # what it was appended to can still be opened; a copy may lack it

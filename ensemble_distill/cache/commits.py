@@ -42,8 +42,11 @@ def committed_units(store: Store, plan: Plan) -> np.ndarray:
     """Which units are committed, by number: bool [units]. Corrupt for a commit of no unit of the plan."""
     done = np.zeros(plan.units, bool)
     number = plan.unit_number
-    for unit in store.committed():
-        done[number(unit)] = True
+    try:
+        for unit in store.committed():
+            done[number(unit)] = True
+    except Corrupt as error:
+        raise Corrupt(f"{store.root}/commits: {error}", hint=MEND) from error
     return done
 
 
@@ -79,7 +82,7 @@ class Commits:
     def _page(self, n: int) -> tuple[Commit, ...]:
         with self._lock:
             if n not in self._pages:
-                self._pages[n] = self._store.page(self._manifest.pages[n], self._plan.page_bytes(PAGE_UNITS)).commits
+                self._pages[n] = self._store.page(self._manifest.pages[n], self._plan.page_limit(n)).commits
                 while len(self._pages) > KEPT_PAGES:
                     self._pages.popitem(last=False)
             self._pages.move_to_end(n)

@@ -9,11 +9,12 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, plan_in_force
-from ensemble_distill.cache.plan import Calibration, Plan
+from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.records import PAGE_UNITS
+from ensemble_distill.store.leases import at_work
+from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store
 
 
@@ -34,60 +35,113 @@ def copy(
     stop: Callable[[], float | None] = lambda: None,
     workers: int = 4,
     span: range | None = None,
+    trusted: str | None = None,
 ) -> Copied:
     """Copy the units of ``span`` (or all) that the target lacks, by the protocol that captures use.
 
-    Raises Mismatch if the target holds another cache, Corrupt if a byte of the source is not what was committed
-    (the units before it are there and stay), Interrupted when ``stop`` says so.
+    trusted: the manifest to copy (None: that in force). Raises Mismatch if the target holds another cache, or other
+    commits of the same plan; Corrupt if a byte of the source is not what was committed (the units before it are there
+    and stay); Interrupted when ``stop`` says so.
     """
-    plan, digest = plan_in_force(source)
-    if plan.capture.calibration is not None:
-        target.put_calibration(source.calibration(plan.capture.calibration, Calibration))
-    if target.put_plan(plan) != digest:
-        raise Mismatch(
-            f"{target.root} holds another cache than {source.root}: their plans differ",
-            hint="copy into an empty or a new directory",
-        )
-    current = source.current()
-    sealed = Commits(source, plan, source.manifest(current)) if current is not None else None
-    if current is not None and source.manifest(current).plan != digest:
-        raise Corrupt(f"{source.root}: its manifest is of another plan than PLAN")
-    # Of a sealed cache all units have to be there, and more may be where some are being appended.
-    here = committed_units(source, plan) if sealed is None else np.ones(plan.units, bool)
-    there = committed_units(target, plan)
-    wanted = [int(n) for n in (here & ~there).nonzero()[0] if span is None or int(n) in span]
-    copied = Copied(units=int(there.sum()), units_total=plan.units)
-    report(copied)
-    for size in prefetch((partial(_unit, source, target, plan, digest, sealed, number) for number in wanted), workers):
-        copied.units += 1
-        copied.bytes += size
+    origin = _Origin(source, trusted)
+    parent = target.current()  # first: whatever is sealed from here on may know more than this
+    there = _held(origin, target, workers)
+    with at_work(target.storage, "copy"):
+        if (calibration := origin.plan.capture.calibration) is not None:
+            target.put_calibration(source.calibration(calibration, Calibration))
+        held = target.plan_digest()  # a copy from before something was appended becomes one with it
+        if target.put_plan(origin.plan, held if held in origin.plan.parents else None) != origin.digest:
+            raise _other_plan(source, target)
+        wanted = [int(n) for n in (origin.units() & ~there).nonzero()[0] if span is None or int(n) in span]
+        copied = Copied(units=int(there.sum()), units_total=origin.plan.units)
         report(copied)
-        if stop() is not None:
-            raise Interrupted(f"{copied.units}/{copied.units_total} units copied", hint="run the same command to go on")
-    if current is not None and committed_units(target, plan).all():
-        _seal(source, target, plan, current)
-        copied.sealed = current
+        for size in prefetch((partial(_unit, origin, target, number) for number in wanted), workers):
+            copied.units += 1
+            copied.bytes += size
+            report(copied)
+            if stop() is not None:
+                done = f"{copied.units}/{copied.units_total} units copied"
+                raise Interrupted(done, hint="run the same command to go on")
+        if origin.manifest is not None and committed_units(target, origin.plan).all():
+            copied.sealed = _seal(origin, origin.manifest, target, parent)
     return copied
 
 
-def _unit(source: Store, target: Store, plan: Plan, digest: str, sealed: Commits | None, number: int) -> int:
+class _Origin:
+    """What is copied: the plan, and the commits, which have to be the sealed ones where there is a seal."""
+
+    def __init__(self, store: Store, trusted: str | None) -> None:
+        self.store = store
+        self.plan, self.digest = plan_in_force(store)
+        current = trusted or store.current()
+        self.manifest = store.manifest(current) if current is not None else None
+        if self.manifest is not None and self.manifest.plan != self.digest:
+            raise Corrupt(f"{store.root}: its manifest is of another plan than PLAN")
+        self._sealed = Commits(store, self.plan, self.manifest) if self.manifest is not None else None
+
+    def units(self) -> np.ndarray:
+        """Which units there are, bool [units]; of a sealed cache all have to be there."""
+        # More may be there where something is being appended.
+        return committed_units(self.store, self.plan) if self._sealed is None else np.ones(self.plan.units, bool)
+
+    def commit(self, number: int) -> Commit:
+        """The commit of a unit; Corrupt if it is of another plan or not the sealed one."""
+        unit = self.plan.unit_name(number)
+        commit = self.store.commit(unit)
+        check_plan(commit, self.plan, self.digest, self.store.root)
+        if self._sealed is not None and self._sealed.at(number) != commit:
+            raise Corrupt(f"{self.store.root}/commits/{unit}.json: not the commit that was sealed")
+        return commit
+
+
+def _other_plan(source: Store, target: Store) -> Mismatch:
+    return Mismatch(
+        f"{target.root} holds another cache than {source.root}: their plans differ",
+        hint="copy into an empty or a new directory",
+    )
+
+
+def _held(origin: _Origin, target: Store, workers: int) -> np.ndarray:
+    """The units that the target has already, whole as far as sizes tell, bool [units]; nothing is written.
+
+    Mismatch if one of them is another than the source's.
+    """
+    plan = origin.plan
+    if (digest := target.plan_digest()) is None:
+        return np.zeros(plan.units, bool)
+    if digest != origin.digest and digest not in plan.parents:
+        raise _other_plan(origin.store, target)
+    held = committed_units(target, plan)
+    both = [int(n) for n in (held & origin.units()).nonzero()[0]]
+    held[both] = list(prefetch((partial(_is_whole, origin, target, number) for number in both), workers))
+    return held
+
+
+def _is_whole(origin: _Origin, target: Store, number: int) -> bool:
+    """Whether a unit's shard is there; Mismatch unless its commit is the source's."""
+    unit = origin.plan.unit_name(number)
+    commit = target.commit(unit)
+    if commit != origin.commit(number):
+        raise Mismatch(
+            f"{target.root} holds another capture of the same plan than {origin.store.root}: unit {unit} differs",
+            hint="copy into an empty or a new directory",
+        )
+    return target.storage.size(f"objects/{commit.object}") == commit.size
+
+
+def _unit(origin: _Origin, target: Store, number: int) -> int:
     """Key page, shard, commit: in this order, as when they were captured."""
-    item, group = plan.locate(plan.unit_name(number))
-    unit = item.unit(group)
-    commit = source.commit(unit)
-    check_plan(commit, plan, digest, source.root)
-    if sealed is not None and sealed.at(number) != commit:
-        raise Corrupt(f"{source.root}/commits/{unit}.json: not the commit that was sealed")
+    item, group = origin.plan.locate(origin.plan.unit_name(number))
+    source, commit = origin.store, origin.commit(number)
     check_layout(commit, group, item, source.root)
     target.put_keys(item.split, item.page, source.keys(item.split, item.page, commit.keys, item.rows))
-    target.put_copy(unit, commit, source.object(commit))
+    target.put_copy(item.unit(group), commit, source.object(commit))
     return commit.size
 
 
-def _seal(source: Store, target: Store, plan: Plan, digest: str) -> None:
-    """The same manifest, so that the copy has the same digest."""
-    manifest = source.manifest(digest)
-
-    for name in manifest.pages:
-        target.put_page([records.dump(commit) for commit in source.page(name, plan.page_bytes(PAGE_UNITS)).commits])
-    target.put_manifest(manifest)
+def _seal(origin: _Origin, manifest: Manifest, target: Store, parent: str | None) -> str:
+    """The same manifest, so that the copy has the same digest, which it returns."""
+    for n, name in enumerate(manifest.pages):
+        page = origin.store.page(name, origin.plan.page_limit(n))
+        target.put_page([records.dump(commit) for commit in page.commits])
+    return target.put_manifest(manifest, parent)

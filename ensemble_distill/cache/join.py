@@ -12,10 +12,16 @@ log = logging.getLogger(__name__)
 
 
 class KeyTable:
-    """The keys of one split in the order they were captured: uint8 [N, 16]."""
+    """The keys of one split in the order they were captured: uint8 [N, 16].
 
-    def __init__(self, split: str, keys: np.ndarray) -> None:
+    held: the rows that there are, int64 [n], where these are not all.
+    """
+
+    def __init__(self, split: str, keys: np.ndarray, held: np.ndarray | None = None) -> None:
         self.split, self.keys = split, keys
+        self._held = np.arange(len(keys)) if held is None else held
+        self._is_held = np.zeros(len(keys), bool)
+        self._is_held[self._held] = True
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self._told = False
 
@@ -31,7 +37,7 @@ class KeyTable:
         found = np.full(len(keys), -1, np.int64)
         if positions is not None:
             claimed = np.minimum(positions, len(self.keys) - 1)
-            own = (positions < len(self.keys)) & (self.keys[claimed] == keys).all(axis=1)
+            own = (positions < len(self.keys)) & (self.keys[claimed] == keys).all(axis=1) & self._is_held[claimed]
             found[own] = positions[own]
         if (lost := np.flatnonzero(found < 0)).size:
             found[lost] = self._search(keys[lost])
@@ -44,10 +50,12 @@ class KeyTable:
 
     def _search(self, keys: np.ndarray) -> np.ndarray:
         if self._sorted is None:
-            table = _as_scalars(self.keys)
+            table = _as_scalars(self.keys[self._held])
             order = np.argsort(table, kind="stable")
-            self._sorted = table[order], order
+            self._sorted = table[order], self._held[order]
         table, order = self._sorted
+        if not len(table):
+            return np.full(len(keys), -1)
         wanted = _as_scalars(keys)
         place = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
         return np.where(table[place] == wanted, order[place], -1)

@@ -18,11 +18,12 @@ import numpy as np
 from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ensemble_distill.cache.renderings import Renderings
-from ensemble_distill.codec import AnyCodec, HeadCodec, Members, PartnerKey
+from ensemble_distill.codec import AnyCodec, HeadCodec, Members, PartnerKey, TopK
 from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.frozen import Config, without_empty
+from ensemble_distill.store.records import PAGE_UNITS
 from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 
 TARGETS, MAIN, ROW, PARTNER = "targets", "main", "row", "partner"
@@ -147,7 +148,7 @@ class Reading(Config):
     classes: Annotated[tuple[str, ...], FailFast(), Field(max_length=1 << 20)]
     heads: dict[str, int]
     combine: Literal["mean_probs", "mean_logits"]
-    temperature_before: Annotated[tuple[float, ...], FailFast(), Field(max_length=1 << 16)]
+    temperature_before: Annotated[tuple[Annotated[float, Field(gt=0)], ...], FailFast(), Field(max_length=1 << 16)]
     temperature_after: float = Field(gt=0)
     views: ViewsConfig
 
@@ -159,7 +160,7 @@ class MemberIdentity(Config):
     weights: str | None
     structure: str | None
     version: Version | None = None
-    share: float
+    share: float = Field(gt=0, le=1)
     gives: Gives = "all"
 
 
@@ -255,12 +256,24 @@ class Plan(Config):
             raise ValueError(
                 f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
             )
+        if isinstance(head := self.head, Members):
+            self._check_members(head)
         if self.mixes and not isinstance(self.group(TARGETS).codecs.get(PARTNER), PartnerKey):
             raise ValueError(f"its views mix samples, and group {TARGETS!r} holds no keys of partners")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
         if rows * max(16, *(group.dtype.itemsize for group in self.groups)) > MAX_SHARD:
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
         return self
+
+    def _check_members(self, codec: Members) -> None:
+        """ValueError unless the members that the codec keeps are those captured, and can be combined as is said."""
+        names, reading = tuple(member.name for member in self.capture.members), self.reading
+        if not names or codec.members != names or len(set(names)) < len(names):
+            raise ValueError(f"the codec keeps the members {str(codec.members)[:200]}, captured are {str(names)[:200]}")
+        if len(reading.temperature_before) != len(names):
+            raise ValueError(f"{len(reading.temperature_before)} temperatures for {len(names)} members")
+        if isinstance(codec.inner, TopK) and (reading.combine, reading.temperature_after) != ("mean_probs", 1):
+            raise ValueError("of each member a few classes are kept, which can be combined by mean_probs only")
 
     # Work items and units are numbered in one order, which digests, pages and statistics use ---------
 
@@ -307,10 +320,15 @@ class Plan(Config):
 
     def page_bytes(self, units: int) -> int:
         """The most that a page of a manifest with this many commits may take."""
-        with_statistics = units // len(self.groups) + 1  # units of one item follow each other, and one has them
+        # Units of one item follow each other, and of these one has statistics, and one more for each append of members.
+        with_statistics = (units // len(self.groups) + 1) * max(1, len(self.said))
         return (
             units * self.commit_bytes + min(units, with_statistics) * min(self.statistics_bytes, MAX_STATE_BYTES) + 64
         )
+
+    def page_limit(self, n: int) -> int:
+        """The most that page ``n`` of a manifest may take, by the units that are on it."""
+        return self.page_bytes(min(PAGE_UNITS, self.units - n * PAGE_UNITS))
 
     def item_rows(self) -> np.ndarray:
         """Rows of each work item, int64 [items]."""

@@ -3,43 +3,103 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from ensemble_distill.cache.commits import committed_units, held_plan, plan_in_force
+from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
-from ensemble_distill.cache.verify import Verdict
-from ensemble_distill.errors import Corrupt, Error, Unsafe
+from ensemble_distill.cache.verify import Damage, Verdict
+from ensemble_distill.errors import Corrupt, Error, StorageError, Unsafe
+from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.records import PAGE_UNITS, Commit
+from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store, page_of
+
+READERS = 4
 
 
 @dataclass
 class Mended:
-    """What a repair did: units dropped, files written again from copies, and how many units are missing now."""
+    """What a repair did: units dropped, files written again from copies, and how many units are missing now.
+
+    failed: what could not be done, in words, by name.
+    """
 
     dropped: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     missing: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> int:
         return len(self.dropped) + len(self.restored) + len(self.removed)
 
+    @contextlib.contextmanager
+    def attempt(self, done: list[str], name: str) -> Iterator[None]:
+        """One step, which is noted under ``done`` or among what failed: the others go on."""
+        try:
+            yield
+            done.append(name)
+        except Error as error:
+            self.failed[name] = str(error)
+
+    def check(self, root: str) -> None:
+        """StorageError if something failed."""
+        if self.failed:
+            raise StorageError(
+                f"{root}: {len(self.failed)} files could not be mended; the first: {next(iter(self.failed.values()))}",
+                hint="move out of the way what stands there, and run the same command again",
+            )
+
 
 def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
     """Act on what ``check`` (a ``verify``) finds. A cache that lacks units afterwards is not sealed: capture goes on.
 
-    Raises Corrupt where the plan itself is damaged, for then nobody knows what the rest means.
+    Commits that are not the sealed ones go first, while the seal is in force: without it nobody could tell. Raises
+    Corrupt where the plan itself is damaged, for then nobody knows what the rest means; StorageError, at the end,
+    where a file could not be written or removed.
     """
     mended = Mended()
     _mend_pointer(store, mended)
+    _restore_commits(store, mended)
+    mended.check(store.root)
     while _mend(store, check(), mended):
         pass  # a check gives up its list where that grows long; the rest is found in the next round
+    mended.check(store.root)
     mended.missing = int((~committed_units(store, held_plan(store))).sum())
     return mended
+
+
+def _restore_commits(store: Store, mended: Mended) -> None:
+    """Write the sealed commits over those that differ, as far as the manifest and its pages are whole."""
+    tasks = (partial(_differs, store, unit, commit) for unit, commit in _sealed(store, *plan_in_force(store)))
+    for name, data in filter(None, prefetch(tasks, READERS)):
+        with mended.attempt(mended.restored, name):
+            store.storage.replace(name, data)
+
+
+def _sealed(store: Store, plan: Plan, digest: str) -> Iterator[tuple[str, Commit]]:
+    """The units and the commits that the manifest in force lists, where it can be read and is of this plan."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        current = store.current()
+        manifest = store.manifest(current) if current else None
+        if manifest is None or manifest.plan != digest:
+            return
+        commits = Commits(store, plan, manifest)
+        for number in range(plan.units):
+            with contextlib.suppress(Corrupt, Unsafe):
+                yield plan.unit_name(number), commits.at(number)
+
+
+def _differs(store: Store, unit: str, sealed: Commit) -> tuple[str, bytes] | None:
+    """The name of a unit's commit and the bytes that it should have, if it has others."""
+    name, data = f"commits/{unit}.json", records.seal(sealed)
+    with contextlib.suppress(Corrupt, Unsafe):
+        if store.storage.read(name, records.MAX_COMMIT) == data:
+            return None
+    return name, data
 
 
 def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
@@ -47,36 +107,35 @@ def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
     before = mended.files
     if lost := [str(damage) for damage in verdict.damaged if damage.kind == "plan"]:
         raise Corrupt(f"{lost[0]}: this cannot be mended", hint="restore PLAN and plans/ from a copy of the cache")
-    if not verdict.ok:
-        plan, _ = plan_in_force(store)
+    for damage in verdict.damaged:
+        if damage.kind == "stray":
+            with mended.attempt(mended.removed, damage.name):
+                store.storage.remove(damage.name)
+    rest = [damage for damage in verdict.damaged if damage.kind != "stray"]
+    if rest:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
-        commits = _sealed_commits(store, verdict, plan)
-        dropped = {d.unit for d in verdict.damaged if d.unit and d.kind in ("shard", "commit", "keys")}
-        for damage in verdict.damaged:
-            name = f"commits/{damage.unit}.json"
-            if damage.kind == "commit copy" and damage.unit not in dropped:
-                store.storage.replace(name, records.seal(commits[str(damage.unit)]))
-                mended.restored.append(name)
-            elif damage.kind == "stray":
-                store.storage.remove(name)
-                mended.removed.append(name)
-            elif damage.kind == "keys":
-                # Its unit is captured again, which writes the page too; the units beside it prove that it is the same.
-                split, page = page_of(str(damage.unit))
-                store.storage.remove(f"keys/{split}-{page:08d}")
-                mended.removed.append(f"keys/{split}-{page:08d}")
-        for unit in sorted(dropped):
-            _drop(store, unit, commits.get(unit))
-            mended.dropped.append(unit)
+        _drop_damaged(store, rest, mended)
     return verdict.more and mended.files > before
 
 
-def _drop(store: Store, unit: str, sealed: Commit | None) -> None:
+def _drop_damaged(store: Store, damaged: list[Damage], mended: Mended) -> None:
+    for damage in damaged:
+        if damage.kind == "keys":
+            # Its unit is captured again, which writes the page too, of the same keys or not at all.
+            split, page = page_of(str(damage.unit))
+            with mended.attempt(mended.removed, f"keys/{split}-{page:08d}"):
+                store.lose_keys(split, page, damage.keys)
+    for unit in sorted({d.unit for d in damaged if d.unit and d.kind in ("shard", "commit", "keys")}):
+        with mended.attempt(mended.dropped, unit):
+            _drop(store, unit)
+
+
+def _drop(store: Store, unit: str) -> None:
     """The commit first: what has none does not exist, and its object may go if it is not whole."""
-    names = {sealed.object} if sealed is not None else set()
+    names = []
     with contextlib.suppress(Error):
-        names.add(store.commit(unit).object)
+        names.append(store.commit(unit).object)
     store.storage.remove(f"commits/{unit}.json")
     for name in names:
         with contextlib.suppress(Corrupt, Unsafe):
@@ -98,24 +157,3 @@ def _mend_pointer(store: Store, mended: Mended) -> None:
     store.plan(digest, Plan)  # a plan that is damaged too must not become the one in force
     store.storage.replace("PLAN", f"{digest}\n".encode())
     mended.restored.append("PLAN")
-
-
-def _sealed_commits(store: Store, verdict: Verdict, plan: Plan) -> dict[str, Commit]:
-    """The manifest's copies of the commits of the units that are damaged, where their pages are whole."""
-    if not verdict.sealed:
-        return {}
-    found: dict[str, Commit] = {}
-    manifest = store.manifest(verdict.manifest_digest)
-    pages: dict[int, tuple[Commit, ...]] = {}
-    for damage in verdict.damaged:
-        if damage.unit is None:
-            continue
-        n, i = divmod(plan.unit_number(damage.unit), PAGE_UNITS)
-        if n not in pages:
-            try:
-                pages[n] = store.page(manifest.pages[n], plan.page_bytes(PAGE_UNITS)).commits
-            except Error:
-                pages[n] = ()
-        if i < len(pages[n]):
-            found[damage.unit] = pages[n][i]
-    return found

@@ -63,7 +63,7 @@ class Rows:
             return table
 
     def _read_view(self, group: Group, split: str, view: int) -> np.ndarray:
-        table = np.empty((self._plan.splits[split].rows, group.dtype.itemsize), np.uint8)
+        table = np.zeros((self._plan.splits[split].rows, group.dtype.itemsize), np.uint8)
         items = [self._item(split, view, int(page)) for page in np.flatnonzero(self._parts[split].pages)]
         parts = prefetch((partial(self._read_unit, group, item) for item in items), READERS)
         for item, part in zip(items, parts, strict=True):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.commits import check_layout, check_plan, plan_in_force
+from ensemble_distill.cache.commits import check_layout, check_plan, held_plan, plan_in_force
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
+from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.formats.layout import read_segments
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS, Commit
-from ensemble_distill.store.store import Store
+from ensemble_distill.store.store import Store, unit_of
 
 # What a shard is held against beyond its hashes: its bytes, the commit, the group.
 DeepCheck = Callable[[bytes, Commit, Group, str], None]
@@ -29,13 +31,16 @@ class Damage:
     """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
 
     kind: plan, manifest (also CURRENT and pages), keys, commit (gone or wrong), commit copy (it differs from the
-    sealed one), shard, stray (a commit of no unit).
+    sealed one), shard, stray (it lies among the commits and is of no unit). name: of a stray, the file. keys: of a page
+    of keys, the SHA-256 that it was committed with.
     """
 
     problem: str
     kind: str
     unit: str | None = None
     unsafe: bool = False
+    name: str = ""
+    keys: str = ""
 
     def __str__(self) -> str:
         return self.problem
@@ -62,16 +67,18 @@ def verify(
     report: Callable[[Verdict], None] = lambda verdict: None,
     workers: int = 4,
     limit: int | None = None,
-    deep: DeepCheck | None = None,
+    deep: Sequence[DeepCheck] = (),
     most: int = MOST_DAMAGE,
+    trusted: str | None = None,
 ) -> Verdict:
     """Check plan, manifest, pages, key pages, commits and shards; of an unsealed cache, what is committed so far.
 
-    ``limit`` leaves out the shards of work items beyond the first ``limit`` samples of their split; ``deep``
-    looks inside each shard as well. The search is given up at ``most`` damages.
+    ``limit`` leaves out the shards of work items beyond the first ``limit`` samples of their split; what is in
+    ``deep`` looks inside each shard as well. The search is given up at ``most`` damages. ``trusted`` is the manifest
+    that is meant (None: that in force).
     """
     verdict = Verdict()
-    for size, damage in prefetch(_checks(store, verdict, limit, deep), workers):  # hashing releases the lock
+    for size, damage in prefetch(_checks(store, verdict, limit, deep, trusted), workers):  # hashing releases the lock
         verdict.files += 1
         verdict.bytes += size
         if damage is not None:
@@ -86,14 +93,16 @@ def verify(
 Check = Callable[[], tuple[int, Damage | None]]
 
 
-def _check(kind: str, unit: str | None, look: Callable[[], int]) -> tuple[int, Damage | None]:
+def _check(kind: str, unit: str | None, look: Callable[[], int], keys: str = "") -> tuple[int, Damage | None]:
     try:
         return look(), None
     except Error as error:
-        return 0, Damage(str(error), kind, unit, isinstance(error, Unsafe))
+        return 0, Damage(str(error), kind, unit, isinstance(error, Unsafe), keys=keys)
 
 
-def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck | None) -> Iterator[Check]:
+def _checks(
+    store: Store, verdict: Verdict, limit: int | None, deep: Sequence[DeepCheck], trusted: str | None
+) -> Iterator[Check]:
     try:
         plan, digest = plan_in_force(store)
     except Error as error:
@@ -102,36 +111,50 @@ def _checks(store: Store, verdict: Verdict, limit: int | None, deep: DeepCheck |
     if plan.capture.calibration is not None:
         yield partial(_check, "plan", None, partial(_calibration, store, plan.capture.calibration))
     keys: dict[tuple[str, int], str] = {}
-    for number, commit, problem in _commits(store, verdict, plan, digest):
+    own, foreign, sums = 0, [], Sums(plan, store.root)
+    for number, commit, problem in _commits(store, verdict, plan, digest, trusted):
         if commit is None:
             yield partial(lambda problem: (0, problem), problem)
             continue
         try:
             check_plan(commit, plan, digest, store.root)
         except Error as error:
-            verdict.damaged.append(Damage(str(error), "plan"))
-            return  # under another plan nothing else means what it says
+            foreign.append(Damage(str(error), "commit", plan.unit_name(number)))
+            continue  # under another plan nothing else means what it says
+        own += 1
         item, group = plan.item(number // len(plan.groups)), plan.groups[number % len(plan.groups)]
         unit = item.unit(group)
+        try:
+            sums.check(item, group, vars(commit))
+            sums.add(item, group, vars(commit))
+        except Error as error:
+            verdict.damaged.append(Damage(str(error), "commit", unit))
+            continue
         page = (item.split, item.page)
         first_seen = page not in keys
         if keys.setdefault(page, commit.keys) != commit.keys:
             text = f"{store.root}: unit {unit} belongs to other samples than the units beside it"
             verdict.damaged.append(Damage(text, "commit", unit))
         elif first_seen:
-            yield partial(_check, "keys", item.unit(plan.groups[0]), partial(_keys, store, item, commit.keys))
+            look = partial(_keys, store, item, commit.keys)
+            yield partial(_check, "keys", item.unit(plan.groups[0]), look, commit.keys)
         if verdict.sealed:
             yield partial(_check, "commit copy", unit, partial(_same_commit, store, unit, commit))
         if limit is None or item.first < limit:
             yield partial(_check, "shard", unit, partial(_object, store, commit, group, item, deep))
+    if verdict.sealed and sums.units == plan.units:
+        yield partial(_check, "manifest", None, partial(_same_sums, store, verdict.manifest_digest, sums))
+    # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
+    verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
+    verdict.damaged += _strays(store, held_plan(store))
 
 
 def _commits(
-    store: Store, verdict: Verdict, plan: Plan, plan_digest: str
+    store: Store, verdict: Verdict, plan: Plan, plan_digest: str, trusted: str | None
 ) -> Iterator[tuple[int, Commit | None, Damage | None]]:
     """(number of the unit, its commit or None, what is wrong with it); of a sealed cache from its manifest."""
     try:
-        current = store.current()
+        current = trusted or store.current()
         manifest = store.manifest(current) if current else None
         if manifest is not None and (manifest.units, len(manifest.pages)) != (
             plan.units,
@@ -148,7 +171,7 @@ def _commits(
         for n, digest in enumerate(manifest.pages):
             first = n * PAGE_UNITS
             try:
-                commits = store.page(digest, plan.page_bytes(PAGE_UNITS)).commits
+                commits = store.page(digest, plan.page_limit(n)).commits
                 if len(commits) != min(PAGE_UNITS, plan.units - first):
                     raise Corrupt(f"{store.root}: page {n} of its manifest holds {len(commits)} commits")
             except Error as error:
@@ -159,11 +182,18 @@ def _commits(
         return
     numbers = []
     for unit in store.committed():
-        try:
+        with contextlib.suppress(Error):  # see _strays
             numbers.append(plan.unit_number(unit))
-        except Error as error:
-            verdict.damaged.append(Damage(f"{store.root}/commits: {error}", "stray", unit))
     yield from _own_commits(store, sorted(numbers), plan)
+
+
+def _strays(store: Store, plan: Plan) -> Iterator[Damage]:
+    """What lies among the commits and is of no unit of the plan."""
+    for name in store.storage.list("commits"):
+        try:
+            plan.unit_number(unit_of(name))
+        except Error as error:
+            yield Damage(f"{store.root}/{name}: {error}", "stray", name=name)
 
 
 def _own_commits(
@@ -175,6 +205,13 @@ def _own_commits(
             yield number, store.commit(unit), None
         except Error as error:
             yield number, None, Damage(str(error), "commit", unit, isinstance(error, Unsafe))
+
+
+def _same_sums(store: Store, digest: str, sums: Sums) -> int:
+    manifest = store.manifest(digest)
+    if problem := contradiction(manifest, sums.manifest(manifest.plan, manifest.pages, manifest.parent)):
+        raise Corrupt(f"{store.root}: {problem}")
+    return 0
 
 
 def _calibration(store: Store, digest: str) -> int:
@@ -191,12 +228,13 @@ def _same_commit(store: Store, unit: str, sealed: Commit) -> int:
     return 0
 
 
-def _object(store: Store, commit: Commit, group: Group, item: WorkItem, deep: DeepCheck | None) -> int:
+def _object(store: Store, commit: Commit, group: Group, item: WorkItem, deep: Sequence[DeepCheck]) -> int:
     check_layout(commit, group, item, store.root)
     data = store.object(commit)
-    if deep is not None:
+    if deep:
         rows = read_segments(np.frombuffer(data, np.uint8), commit.rows, group.dtype, commit.segments)
         if records.content_hash(rows) != commit.content:
             raise Corrupt(f"{store.root}: unit {commit.unit}: its content is not what its commit says")
-        deep(data, commit, group, f"{store.root}/objects/{commit.object} (unit {commit.unit})")
+        for look in deep:
+            look(data, commit, group, f"{store.root}/objects/{commit.object} (unit {commit.unit})")
     return len(data)

@@ -34,13 +34,14 @@ def command(
 
     console = ui.Console(quiet)
     origin = open_store(source)
-    trust(origin, expect_digest)
+    if expect_digest is not None:
+        trust(origin, expect_digest)
 
     def report(copied: Copied) -> None:
         console.progress(f"{copied.units}/{copied.units_total} units  {ui.size(copied.bytes)}")
 
     with ui.stoppable(grace) as stop, console.live():
-        done = copy(origin, open_store(target, create=True), report, stop, workers, units)
+        done = copy(origin, open_store(target, create=True), report, stop, workers, units, expect_digest)
     console.say(f"{target}: {done.units}/{done.units_total} units, {ui.size(done.bytes)} copied now")
     if done.sealed:
         console.say(f"manifest digest  {done.sealed}")

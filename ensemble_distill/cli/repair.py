@@ -77,4 +77,4 @@ def command(
         digest = seal(plan, str(store.plan_digest()), store)
         console.say(f"{cache}: sealed again, manifest digest {digest}")
     else:
-        console.say(f"{cache}: nothing is damaged")
+        console.say(f"{cache}: {'all is as it was sealed' if mended.files else 'nothing is damaged'}")

@@ -24,7 +24,7 @@ from ensemble_distill.cli.options import accepted, expect_digest, quiet, version
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="Check the shards of the first N samples of each split only."
 )
-@click.option("--deep", is_flag=True, help="Also look inside each shard, in a limited process of its own.")
+@click.option("--deep", is_flag=True, help="Also parse each shard, in a limited process, and decode it.")
 @click.option(
     "--deep-memory", type=click.IntRange(1), default=1000, show_default=True, metavar="MB", help="Its memory."
 )
@@ -52,7 +52,7 @@ def command(
     """
     from ensemble_distill.cache.commits import held_plan
     from ensemble_distill.cache.deep import Parser
-    from ensemble_distill.cache.verify import Verdict, verify
+    from ensemble_distill.cache.verify import DeepCheck, Verdict, verify
     from ensemble_distill.cli import console as ui
     from ensemble_distill.errors import Corrupt, Unsafe
     from ensemble_distill.store.store import open_store, trust
@@ -63,11 +63,19 @@ def command(
         console.progress(f"{verdict.files} files, {ui.size(verdict.bytes)}, {len(verdict.damaged)} damaged")
 
     store = open_store(cache)
-    trust(store, expect_digest)
-    parser = Parser(held_plan(store).format, deep_memory * 1_000_000, deep_seconds) if deep else None
+    if expect_digest is not None:
+        trust(store, expect_digest)
+    looks: tuple[DeepCheck, ...] = ()
+    parser = None
+    if deep:
+        from ensemble_distill.cache.decoded import Decoder
+
+        plan = held_plan(store)
+        parser = Parser(plan.format, deep_memory * 1_000_000, deep_seconds)
+        looks = (parser, Decoder(plan))
     try:
         with console.live():
-            verdict = verify(store, report, workers, limit, parser)
+            verdict = verify(store, report, workers, limit, looks, trusted=expect_digest)
     finally:
         if parser is not None:
             parser.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ensemble_distill.codecs.domain import check_features
 from ensemble_distill.errors import InvalidOutput
 
 
@@ -16,5 +17,6 @@ def encode(features_BD: Tensor) -> Tensor:
 
 
 def decode(stored_BD: Tensor) -> Tensor:
-    """float16 [B, D] to float32 [B, D]."""
+    """float16 [B, D] to float32 [B, D]; BadRow where one is not finite."""
+    check_features(stored_BD)
     return stored_BD.float()

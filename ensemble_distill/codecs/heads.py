@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.codec import Dense, HeadCodec, Members, Sampled, TopK, VarOpt
+from ensemble_distill.codecs.domain import check_dense, check_figures, check_ids, check_log_z, check_logs
 from ensemble_distill.codecs.packing import from_codes, normalised, pack_ids, to_codes, unpack_ids
 from ensemble_distill.metrics import entropy
 from ensemble_distill.mixture import Mixture, combine
@@ -39,19 +40,22 @@ def encode(codec: HeadCodec, said: Said) -> dict[str, Tensor]:
 
 
 def decode(codec: HeadCodec, arrays: Mapping[str, Tensor], mixture: Mixture | None = None) -> Targets:
-    """Targets of a batch from its arrays. ``mixture`` says how members are combined, where the codec kept them."""
+    """Targets of a batch from its arrays. ``mixture`` says how members are combined, where the codec kept them.
+
+    BadRow (Corrupt) for a row that ``encode`` does not write.
+    """
     if isinstance(codec, Dense):
         return Targets(_decode_dense(codec, arrays), classes=codec.classes)
     if isinstance(codec, TopK):
         logprobs, residual = _decode_kept(codec, arrays)
         return Targets(
-            logprobs, kind="ghost", ids=unpack_ids(arrays["ids"], codec.k, codec.classes), residual=residual,
-            log_z=_log_z(arrays), temperatures=codec.temperatures, classes=codec.classes,
+            logprobs, kind="ghost", ids=_ids(arrays, codec.k, codec.classes), residual=residual,
+            log_z=_log_z(arrays, codec.classes), temperatures=codec.temperatures, classes=codec.classes,
         )  # fmt: skip
     if isinstance(codec, VarOpt):
         return _decode_varopt(codec, arrays)
     if isinstance(codec, Sampled):
-        ids = unpack_ids(arrays["ids"], codec.n, codec.classes)
+        ids = _ids(arrays, codec.n, codec.classes, distinct=False)
         weights = torch.full(ids.shape, -math.log(codec.n), dtype=torch.float32, device=ids.device)
         return Targets(weights, kind="unbiased", ids=ids, classes=codec.classes)
     assert mixture is not None
@@ -77,7 +81,8 @@ def encode_figures(said: Said) -> dict[str, Tensor]:
 
 
 def with_figures(targets: Targets, arrays: Mapping[str, Tensor]) -> Targets:
-    """The targets with what the arrays of ``RowFigures`` say of their rows."""
+    """The targets with what the arrays of ``RowFigures`` say of their rows; BadRow for what they cannot be."""
+    check_figures(arrays, targets.classes)
     return replace(
         targets,
         entropy=arrays["entropy"].float(),
@@ -117,9 +122,10 @@ def _encode_dense(codec: Dense, logprobs_BC: Tensor) -> dict[str, Tensor]:
 
 
 def _decode_dense(codec: Dense, arrays: Mapping[str, Tensor]) -> Tensor:
-    if codec.bits == 8:
-        return torch.log_softmax(from_codes(arrays["codes"], arrays["range"]), dim=1)
-    return torch.log_softmax(arrays["logprobs"].float(), dim=1)
+    stored = from_codes(arrays["codes"], arrays["range"]) if codec.bits == 8 else arrays["logprobs"].float()
+    logprobs = torch.log_softmax(stored, dim=1)
+    check_dense(logprobs)
+    return logprobs
 
 
 def _likeliest(said: Said, k: int) -> Tensor:
@@ -147,13 +153,31 @@ def _encode_values(bits: int, logprobs_BK: Tensor) -> dict[str, Tensor]:
 
 def _decode_kept(codec: TopK, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, K] and residual [B]."""
-    residual = arrays["residual"].float().exp()
+    residual = _residual(arrays)
     values = arrays["logprobs"].float() if codec.values == 16 else from_codes(arrays["codes"], arrays["range"])
+    check_logs(values, "kept values")
     return normalised(values, residual), residual
 
 
-def _log_z(arrays: Mapping[str, Tensor]) -> Tensor | None:
-    return arrays["log_z"].float() if "log_z" in arrays else None
+def _residual(arrays: Mapping[str, Tensor]) -> Tensor:
+    """What all classes that are not kept have together, a probability, [B]."""
+    logs = arrays["residual"].float()
+    check_logs(logs, "residuals")
+    return logs.exp()
+
+
+def _ids(arrays: Mapping[str, Tensor], count: int, classes: int, distinct: bool = True) -> Tensor:
+    ids = unpack_ids(arrays["ids"], count, classes)
+    check_ids(ids, classes, distinct)
+    return ids
+
+
+def _log_z(arrays: Mapping[str, Tensor], classes: int) -> Tensor | None:
+    if "log_z" not in arrays:
+        return None
+    log_z = arrays["log_z"].float()
+    check_log_z(log_z, classes)
+    return log_z
 
 
 def _encode_varopt(codec: VarOpt, said: Said) -> dict[str, Tensor]:
@@ -183,12 +207,14 @@ def _encode_varopt(codec: VarOpt, said: Said) -> dict[str, Tensor]:
 
 
 def _decode_varopt(codec: VarOpt, arrays: Mapping[str, Tensor]) -> Targets:
-    mass = arrays["residual"].float().exp()
+    mass = _residual(arrays)
     drawn = arrays["codes"] == 0
     heads = normalised(from_codes(arrays["codes"], arrays["range"]), mass)
     each = (mass / drawn.sum(dim=1).clamp(min=1)).log()[:, None]
     logs = torch.where(drawn, each, heads)
-    return Targets(logs, kind="unbiased", ids=unpack_ids(arrays["ids"], codec.k, codec.classes), classes=codec.classes)
+    return Targets(
+        logs, kind="unbiased", ids=_ids(arrays, codec.k, codec.classes, distinct=False), classes=codec.classes
+    )
 
 
 def _encode_members(codec: Members, said: Said) -> dict[str, Tensor]:
@@ -214,11 +240,12 @@ def _decode_members(codec: Members, arrays: Mapping[str, Tensor], mixture: Mixtu
         return Targets(logprobs, classes=inner.classes)
     assert mixture.linear, "a topk of members is mixed linearly only"
     parts = [_part(arrays, name) for name, _ in mixture.shares]
+    log_z = [_log_z(part, inner.classes) for part in parts]
     kept = [_decode_kept(inner, part) for part in parts]
     logprobs, residual = mix_kept([k[0] for k in kept], [k[1] for k in kept], shares)
     return Targets(
-        logprobs, kind="ghost", ids=unpack_ids(arrays["ids"], inner.k, inner.classes), residual=residual,
-        log_z=_log_z(parts[0]) if len(parts) == 1 else None, temperatures=inner.temperatures,
+        logprobs, kind="ghost", ids=_ids(arrays, inner.k, inner.classes), residual=residual,
+        log_z=log_z[0] if len(parts) == 1 else None, temperatures=inner.temperatures,
         classes=inner.classes,
     )  # fmt: skip
 

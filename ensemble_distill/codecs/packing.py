@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.codec import id_bits
+from ensemble_distill.codecs.domain import check_range
 
 # Below this distance from a row's highest log-probability all codes are the lowest: e^-20 is 2e-9.
 RANGE = 20.0
@@ -24,7 +25,7 @@ def pack_ids(ids_BK: Tensor, classes: int) -> Tensor:
 
 
 def unpack_ids(packed: Tensor, count: int, classes: int) -> Tensor:
-    """uint8 [B, ⌈K·bits/8⌉] to int64 [B, K]; what a damaged row says beyond the classes is cut to the last one."""
+    """uint8 [B, ⌈K·bits/8⌉] to int64 [B, K], which may lie beyond the classes where nothing was packed so."""
     bits = id_bits(classes)
     at = torch.arange(count, device=packed.device) * bits
     reach = -(-(bits + 7) // 8)  # bytes that an id may touch
@@ -32,7 +33,7 @@ def unpack_ids(packed: Tensor, count: int, classes: int) -> Tensor:
     value = torch.zeros(len(packed), count, dtype=torch.int64, device=packed.device)
     for i in range(reach):
         value |= padded[:, at // 8 + i].long() << (8 * i)
-    return (value >> (at % 8) & ((1 << bits) - 1)).clamp_(max=classes - 1)
+    return value >> (at % 8) & ((1 << bits) - 1)
 
 
 def to_codes(logprobs_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,8 @@ def to_codes(logprobs_BK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_codes(codes_BK: Tensor, ends_B2: Tensor) -> Tensor:
-    """float32 log-probabilities [B, K] of codes, before any normalisation."""
+    """float32 log-probabilities [B, K] of codes, before any normalisation; BadRow for ends that are none."""
+    check_range(ends_B2)
     low, high = ends_B2[:, :1].float(), ends_B2[:, 1:].float()
     values = low + (codes_BK.float() - 1) * ((high - low) / STEPS)
     return values.masked_fill(codes_BK == 0, -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ensemble_distill.cache.cache import Cache, read
 from ensemble_distill.config import EnsembleConfig, TrainConfig
 from ensemble_distill.device import place, upload
-from ensemble_distill.errors import Corrupt, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
@@ -65,12 +66,20 @@ def evaluate(
     batch_size: int = 512,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """accuracy, nll, ece; agreement and kl to the ensemble where a cache is given; parameters; latency_ms."""
+    """accuracy, nll, ece; agreement and kl to the ensemble where a cache is given; parameters; latency_ms.
+
+    InvalidOutput for a score that is no number.
+    """
     if cache is not None:
         batches = cache.loader(source, batch_size, split=split, shuffle=False, workers=workers)
         scores, rows = score(model, batches, device), len(cache.positions(source, split))
     else:
         scores, rows = score(model, _plain(source, batch_size), device), len(source)
+    if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise InvalidOutput(
+            f"{', '.join(wrong)} of the student on {split} is no finite number",
+            hint="its logits are NaN or infinite for some sample: look at the run's losses",
+        )
     example = read(source, np.arange(min(64, len(source))))[0]
     return {
         "split": split,

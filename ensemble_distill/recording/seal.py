@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import numpy as np
 from pydantic_core import from_json
 
 from ensemble_distill.cache.commits import committed_units, missing
-from ensemble_distill.cache.plan import Plan, WorkItem
+from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.sums import Sums
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.prefetch import prefetch
+from ensemble_distill.store.leases import at_work
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
-from ensemble_distill.tally import Tally
 
 READERS = 4
 
@@ -31,6 +31,11 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
 
     done: which units are committed, bool [units], where the caller knows it.
     """
+    with at_work(store.storage, "seal"):  # what is written and not yet in force must not be taken for garbage
+        return _seal(plan, plan_digest, store, done)
+
+
+def _seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None) -> str:
     parent = store.current()  # first: whatever is sealed from here on may know more than this
     done = committed_units(store, plan) if done is None else done
     if not done.all():
@@ -61,12 +66,12 @@ def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> s
 
 @dataclass(frozen=True)
 class _Read:
-    """A unit and the commit that was read for it. ``counts``: its statistics are those of the whole ensemble."""
+    """A unit and the commit that was read for it."""
 
     item: WorkItem
+    group: Group
     unit: str
     body: bytes
-    counts: bool
 
 
 class _Sealing:
@@ -76,35 +81,20 @@ class _Sealing:
         self._plan, self._digest, self._store, self._parent = plan, plan_digest, store, parent
         # The SHA-256 of each key page, 32 bytes: there may be half a million. Zeros: not seen yet.
         self._keys = {name: np.zeros(split.pages, "V32") for name, split in plan.splits.items()}
-        self._tallies: dict[str, Tally] = {}
-        self._summary = _Summary()
-        self._content = hashlib.sha256(plan.content_header())
+        self._sums = Sums(plan, store.root)
         self._pages: list[str] = []
         self._bodies: list[bytes] = []
-        self._size = 0
 
     def add(self, part: list[_Read]) -> None:
-        statistics: dict[str, list[dict[str, Any]]] = {}
         for read in part:
             commit = _said(read.body, read.unit, self._store.root)
             if commit["plan"] != self._digest and commit["plan"] not in self._plan.parents:
                 raise Corrupt(f"{self._store.root}: unit {read.unit} was captured under another plan")
             self._one_page(read, bytes.fromhex(commit["keys"]))
-            if (said := commit["statistics"]) is not None and read.counts:
-                statistics.setdefault(read.item.split, []).append(said)
-            self._summary.add(commit["provenance"])
-            self._content.update(f"{read.unit} {commit['content']} {commit['keys']}\n".encode())
-            self._size += commit["size"]
+            self._sums.add(read.item, read.group, commit)
             self._bodies.append(read.body)
             if len(self._bodies) == PAGE_UNITS:
                 self._flush()
-        for split, states in statistics.items():
-            try:
-                if split not in self._tallies:
-                    self._tallies[split] = Tally.empty(self._plan.predictors, len(self._plan.reading.classes))
-                self._tallies[split].merge(states)
-            except (ValueError, TypeError, KeyError) as error:
-                raise Corrupt(f"{self._store.root}: statistics of {split} that do not add up ({error})") from error
 
     def manifest(self) -> Manifest:
         """The manifest, whose pages are written; a damaged key page is found before it is sealed."""
@@ -113,17 +103,7 @@ class _Sealing:
             for page, digest in enumerate(digests):
                 first, last = self._plan.splits[split].span(page)
                 self._store.keys(split, page, digest.tobytes().hex(), last - first)
-        return Manifest(
-            plan=self._digest,
-            pages=tuple(self._pages),
-            content_digest=self._content.hexdigest(),
-            units=self._plan.units,
-            rows=self._plan.rows,
-            bytes=self._size,
-            statistics={split: tally.report() for split, tally in self._tallies.items()},
-            provenance=self._summary.report(),
-            parent=self._parent,
-        )
+        return self._sums.manifest(self._digest, tuple(self._pages), self._parent)
 
     def _one_page(self, read: _Read, digest: bytes) -> None:
         """Units of the same samples name the same page of keys."""
@@ -141,11 +121,10 @@ class _Sealing:
 
 def _commits(plan: Plan, store: Store) -> Iterator[list[_Read]]:
     """Each unit's commit, in the order of the units, by parts."""
-    last = plan.said[-1].name
-    units = ((item, item.unit(group), group.name == last) for item in plan.items() for group in plan.groups)
+    units = ((item, group, item.unit(group)) for item in plan.items() for group in plan.groups)
 
-    def read(part: list[tuple[WorkItem, str, bool]]) -> list[_Read]:
-        return [_Read(item, unit, store.commit_body(unit), counts) for item, unit, counts in part]
+    def read(part: list[tuple[WorkItem, Group, str]]) -> list[_Read]:
+        return [_Read(item, group, unit, store.commit_body(unit)) for item, group, unit in part]
 
     parts = iter(lambda: list(itertools.islice(units, 256)), [])
     return prefetch((partial(read, part) for part in parts), READERS)
@@ -171,23 +150,3 @@ def _said(body: bytes, unit: str, root: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"{root}/commits/{unit}.json: not the record that was written ({error})") from error
     return commit
-
-
-class _Summary:
-    """Distinct values of each provenance field over the units, times as first and last."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Any]] = {}
-        self._last: dict[str, Any] = {}
-
-    def add(self, part: dict[str, Any]) -> None:
-        if part == self._last:
-            return
-        self._last = part
-        for name, value in part.items():
-            if value not in self._values.setdefault(name, []):
-                self._values[name].append(value)
-
-    def report(self) -> dict[str, Any]:
-        times = sorted(map(str, self._values.get("time", [""])))
-        return {**self._values, "time": [times[0], times[-1]]}

@@ -145,6 +145,15 @@ def _process(pid: int) -> str:
     return f"{pid}:gone" if state in "ZX" else f"{pid}:{rest[18]}"
 
 
+@contextlib.contextmanager
+def at_work(storage: Storage, kind: str) -> Iterator[None]:
+    """While inside, a lease ``kind-…`` says that somebody writes here, for whom nothing may be taken for garbage."""
+    leases = Leases(lease_storage(storage))
+    leases.claim(f"{kind}-{secrets.token_hex(8)}")
+    with leases.renewing():
+        yield
+
+
 def lease_storage(storage: Storage) -> Storage:
     """The same place, without the fsyncs: a lease that is lost with the power costs nothing."""
     return LocalStorage(storage.path, sync=False) if isinstance(storage, LocalStorage) else storage

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -21,6 +22,8 @@ from ensemble_distill.errors import Corrupt, StorageError, Unsafe
 from ensemble_distill.store.storage import MAX_RECORD, check_name, is_name
 
 READ = 1 << 30
+
+_TEMPORARY = re.compile(r"\..*\.part", re.DOTALL)
 
 
 class System:
@@ -163,10 +166,18 @@ class LocalStorage:
             place = place.parent
         return shutil.disk_usage(place).free
 
-    def temporaries(self) -> Iterator[Path]:
-        """What killed writers left: files under temporary names, of any age."""
-        for folder, _, files in os.walk(self.path):
-            yield from (Path(folder) / name for name in files if name.startswith(".") and name.endswith(".part"))
+    def temporaries(self, folder: str) -> Iterator[str]:
+        """What killed writers left directly in a folder ("": the root): plain files under temporary names."""
+        path = self._path(folder) if folder else self.path
+        with _errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+            for entry in entries:
+                if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    yield f"{folder}/{entry.name}".lstrip("/")
+
+    def remove_temporary(self, name: str) -> None:
+        """Delete one of ``temporaries``, if it is there."""
+        with _errors(self.path / name), contextlib.suppress(FileNotFoundError):
+            self._system.unlink(self.path / name)
 
     def _path(self, name: str) -> Path:
         """Where a name is; Unsafe if a folder on the way is a link, which could lead anywhere."""

@@ -43,6 +43,10 @@ NOW = "now"
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 
+# What stands in place of a page of keys that was damaged: its length is that of no page.
+LOST = len("lost ") + 64 + len("\n")
+_LOST = re.compile(rb"lost ([0-9a-f]{64})\n")
+
 
 class Store:
     """Reads and writes one cache. Knows units by name; what they mean is the plan's business."""
@@ -82,7 +86,16 @@ class Store:
     def put_keys(self, split: str, page: int, keys: np.ndarray) -> str:
         """Commit one page of the key table (uint8 [rows, 16]); Mismatch if another content stands there."""
         name, data = f"keys/{split}-{page:08d}", keys.tobytes()
-        if not self.storage.create(name, data) and (held := self.storage.read(name, len(data))) != data:
+        if not self.storage.create(name, data) and (held := self.storage.read(name, max(len(data), LOST))) != data:
+            if (expected := _expected(held)) is not None:
+                if sha256(data) != expected:
+                    raise Mismatch(
+                        f"{self.root}/{name} was damaged, and the keys of these samples are not those that it held: "
+                        "the source has changed",
+                        hint="restore the source, or capture it as it is now into another directory",
+                    )
+                self.storage.replace(name, data)
+                return expected
             witnesses = {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
             if len(held) != len(data) or (witnesses and witnesses != {sha256(held)}):
                 raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
@@ -94,6 +107,10 @@ class Store:
                 hint="capture the changed source into another directory",
             )
         return sha256(data)
+
+    def lose_keys(self, split: str, page: int, digest: str) -> None:
+        """In place of a damaged page of the key table: the SHA-256 of what has to stand there again."""
+        self.storage.replace(f"keys/{split}-{page:08d}", f"lost {digest}\n".encode())
 
     def put_unit(
         self,
@@ -193,9 +210,10 @@ class Store:
         return records.load_hashed(kind, self.storage.read(name, records.MAX_PLAN), digest, f"{self.root}/{name}")
 
     def committed(self) -> Iterator[str]:
-        """The names of the units that are committed, in any order."""
+        """The names of the units that are committed, in any order; what is no ``.json`` is no commit."""
         for name in self.storage.list("commits"):
-            yield name.removeprefix("commits/").removesuffix(".json")
+            if name.endswith(".json"):
+                yield unit_of(name)
 
     def is_committed(self, unit: str) -> bool:
         return self.storage.size(f"commits/{unit}.json") is not None
@@ -227,7 +245,7 @@ class Store:
     def keys(self, split: str, page: int, digest: str, rows: int) -> np.ndarray:
         """One page of the key table: uint8 [rows, 16]."""
         name = f"keys/{split}-{page:08d}"
-        data = self.storage.read(name, rows * KEY_BYTES)
+        data = self.storage.read(name, max(rows * KEY_BYTES, LOST))
         if sha256(data) != digest or len(data) != rows * KEY_BYTES:
             raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
         return np.frombuffer(data, np.uint8).reshape(-1, KEY_BYTES)
@@ -261,7 +279,18 @@ class Store:
         return text[:-1]
 
 
+def unit_of(name: str) -> str:
+    """The unit whose commit has this name; what is no commit is its own name, which is no unit's."""
+    return name.removeprefix("commits/").removesuffix(".json") if name.endswith(".json") else name
+
+
 _UNIT = re.compile(r"(\w+)-v\d+-(\d+)\..+", re.ASCII)
+
+
+def _expected(held: bytes) -> str | None:
+    """The SHA-256 that keys must have to take the place of a damaged page, if that is what stands there."""
+    match = _LOST.fullmatch(held)
+    return None if match is None else match[1].decode()
 
 
 def page_of(unit: str) -> tuple[str, int]:
@@ -300,13 +329,18 @@ def open_store(place: str | Path, *, create: bool = False) -> Store:
     return store
 
 
-def trust(store: Store, expected: str | None) -> None:
-    """Mismatch unless the manifest in force is the one that the caller trusts (None: any)."""
-    if expected is not None and (digest := store.current()) != expected:
+def trust(store: Store, expected: str | None) -> str | None:
+    """The digest of the manifest in force, or None; Mismatch unless it is the one that the caller trusts (None: any).
+
+    To be used from here on: CURRENT may name another when it is read again.
+    """
+    digest = store.current()
+    if expected is not None and digest != expected:
         raise Mismatch(
             f"{store.root}: its manifest digest is {digest}, expected {expected}",
             hint="this is not the cache that you pinned: look at it with `ensemble-distill inspect`",
         )
+    return digest
 
 
 def _check_directory(store: Store, path: Path, create: bool) -> None:

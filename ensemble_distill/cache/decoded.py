@@ -1,0 +1,46 @@
+"""``verify --deep``: the rows of a shard decoded as a reader would, and refused where no codec writes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ensemble_distill.cache.plan import Group, Plan, field_name
+from ensemble_distill.codec import Features, PartnerKey, RowFigures
+from ensemble_distill.codecs.domain import BadRow, check_figures
+from ensemble_distill.codecs.features import decode as decode_feature
+from ensemble_distill.codecs.heads import decode
+from ensemble_distill.errors import Corrupt
+from ensemble_distill.formats.layout import read_segments
+from ensemble_distill.mixture import Mixture
+from ensemble_distill.store.records import Commit
+
+ROWS = 4096
+
+
+class Decoder:
+    """A check of shards for ``verify``: Corrupt for a row that no codec of the plan writes."""
+
+    def __init__(self, plan: Plan) -> None:
+        reading, members = plan.reading, plan.capture.members
+        shares = tuple((member.name, member.share) for member in members)
+        self._mixture = Mixture(shares, reading.combine, reading.temperature_after)
+        self._classes = len(reading.classes)
+
+    def __call__(self, data: bytes, commit: Commit, group: Group, where: str) -> None:
+        records = read_segments(np.frombuffer(data, np.uint8), commit.rows, group.dtype, commit.segments)
+        for first in range(0, len(records), ROWS):
+            try:
+                self._decode(records[first : first + ROWS], group)
+            except BadRow as error:
+                raise Corrupt(f"{where}: its row {first + error.row}: {error.problem}") from error
+
+    def _decode(self, records: np.ndarray, group: Group) -> None:
+        for head, codec in group.codecs.items():
+            arrays = {name: torch.from_numpy(records[field_name(head, name)].copy()) for name in codec.arrays()}
+            if isinstance(codec, Features):
+                decode_feature(arrays[""])
+            elif isinstance(codec, RowFigures):
+                check_figures(arrays, self._classes)
+            elif not isinstance(codec, PartnerKey):
+                decode(codec, arrays, self._mixture)
