@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from ensemble_distill.cache.plan import Group, Plan, field_name
-from ensemble_distill.codec import Features, PartnerKey, RowFigures
+from ensemble_distill.codec import Features, HeadCodec, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs.domain import BadRow, check_figures
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.heads import decode
@@ -43,4 +45,10 @@ class Decoder:
             elif isinstance(codec, RowFigures):
                 check_figures(arrays, self._classes)
             elif not isinstance(codec, PartnerKey):
-                decode(codec, arrays, self._mixture)
+                decode(codec, arrays, self._mixture_of(codec))
+
+    def _mixture_of(self, codec: HeadCodec) -> Mixture:
+        """Of the members that a group keeps, where each append of members has one of its own."""
+        if not isinstance(codec, Members):
+            return self._mixture
+        return replace(self._mixture, shares=tuple(part for part in self._mixture.shares if part[0] in codec.members))
