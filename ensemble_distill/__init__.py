@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ViewsConfig,
     )  # fmt: skip
     from ensemble_distill.ensemble.distributions import LogProbs, TopKLogProbs
+    from ensemble_distill.reduction import Attention, AttentionProbs, Random
     from ensemble_distill.sources.arrays import ArraySource
     from ensemble_distill.sources.idx import read_idx
     from ensemble_distill.targets import Targets
@@ -48,6 +49,7 @@ _HOMES = {
         "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
     ),
     "ensemble.distributions": ("LogProbs", "TopKLogProbs"),
+    "reduction": ("Attention", "AttentionProbs", "Random"),
     "sources.arrays": ("ArraySource",),
     "sources.idx": ("read_idx",),
     "targets": ("Targets",),
@@ -55,10 +57,11 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "Dense",
-    "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs", "Member", "Members", "Mixup",
-    "OptimizerConfig", "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig", "SoftTargets", "Tap", "Targets", "TopK",
-    "TopKLogProbs", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache", "read_idx",
+    "ArraySource", "Attention", "AttentionProbs", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom",
+    "CutMix", "DataConfig", "Dense", "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs",
+    "Member", "Members", "Mixup", "OptimizerConfig", "Random", "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig",
+    "SoftTargets", "Tap", "Targets", "TopK", "TopKLogProbs", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache",
+    "read_idx",
 ]  # fmt: skip
 
 

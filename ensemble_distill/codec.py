@@ -9,11 +9,12 @@ Legend of shapes: C classes, K kept entries. All arrays are little-endian. Ids a
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ensemble_distill.frozen import Config
+from ensemble_distill.reduction import Random, Take
 
 MAX_CLASSES = 1 << 25
 TEMPERATURES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
@@ -172,18 +173,64 @@ class PartnerKey(Config):
         return "none"
 
 
+FeatureValues = Literal["fp16", "bf16", "int8"]
+MAX_FEATURE = 1 << 27
+
+
 class Features(Config):
-    """A tap's activations in float16, 2D bytes; off by at most 2⁻¹¹ of their size."""
+    """A tap's activations: ``width`` of them, or an array of ``shape`` (two axes or more, without the batch).
+
+    values, for D activations. fp16: 2D bytes, off by at most 2⁻¹¹ of their size or 3·10⁻⁸, none beyond ±65504. bf16: 2D
+    bytes, the upper halves of float32, off by at most 2⁻⁸ of their size. int8: D bytes and a float16 scale s for each
+    channel (index of ``axis``), or one for a feature of one axis; an activation is q·s, |q| ≤ 127, off by at most s/2,
+    where s is the channel's largest size over 127, rounded up.
+    take, project: how the tap is taken, where that is more than the mean of a module's only output; for readers.
+    """
 
     name: Literal["features"] = "features"
-    width: int = Field(ge=1, le=1 << 27)
+    width: int = Field(0, ge=0, le=MAX_FEATURE)
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_FEATURE)], ...], Field(max_length=6)] = ()
+    values: FeatureValues = "fp16"
+    axis: int = Field(0, ge=0, lt=6)
+    take: Take | None = None
+    project: Random | None = None
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], values: FeatureValues = "fp16", axis: int = 0, **how: Any) -> Features:
+        """The codec of features [B, *shape]. ValueError for one that is too large."""
+        size = {"width": shape[0]} if len(shape) == 1 else {"shape": shape, "axis": axis}
+        return cls(**size, values=values, **how)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.width > 0) == bool(self.shape) or len(self.shape) == 1:
+            raise ValueError("a feature has a width, or a shape of two axes or more")
+        if math.prod(self.dims) > MAX_FEATURE or self.axis >= len(self.dims):
+            raise ValueError(f"a feature of shape {list(self.dims)}, axis {self.axis} is more than can be kept")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is as it always was is no field: so plans from before there was more than a width are what they were."""
+        dumped: dict[str, Any] = handler(self)
+        return {k: v for k, v in dumped.items() if k == "name" or v not in (0, "fp16", None, (), [])}
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape of a row, of one axis or more."""
+        return self.shape or (self.width,)
 
     def arrays(self) -> Arrays:
-        return {"": ("<f2", (self.width,))}
+        if self.values == "int8":
+            scales = (self.shape[self.axis],) if self.shape else ()
+            return {"codes": ("|i1", self.dims), "scale": ("<f2", scales)}
+        return {"": ("<f2" if self.values == "fp16" else "<u2", self.dims)}
 
     @property
     def error(self) -> str:
-        return "2⁻¹¹ of a feature"
+        each = "channel" if self.shape else "row"
+        int8 = f"half of 1/127 of the largest feature of its {each}"
+        return {"fp16": "2⁻¹¹ of a feature", "bf16": "2⁻⁸ of a feature", "int8": int8}[self.values]
 
 
 HeadCodec = Dense | TopK | VarOpt | Sampled | Members

@@ -20,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from ensemble_distill.codec import Dense, HeadCodec, Members, TopK
+from ensemble_distill.codec import Dense, FeatureValues, HeadCodec, Members, TopK
 from ensemble_distill.errors import UsageError
 from ensemble_distill.frozen import Config
+from ensemble_distill.reduction import ModulePath, Place, Random, Reduction, Take
 
 Precision = Literal["auto", "fp32", "bf16"]
 Format = Literal["hdf5", "parquet"]
@@ -30,7 +31,6 @@ Gives = Literal["all", "topk"]  # the classes that a member tells apart
 Tail = Literal["unknown", "uniform"]  # how the others are taken
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/@+= -]+$", max_length=200)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
 
 # Data: used by both stages --------------------------------------------------------------------------
@@ -217,16 +217,39 @@ class Member(Config):
     temperature: float = Field(1.0, gt=0)
 
 
-class Tap(Config):
-    """A named module of a member whose output is kept: [B, C, ...] averaged to [B, C] by ``pool``."""
+MAX_FIELD = 180
+
+
+class Tap(Take):
+    """What is kept of a named module of a member: by default its output [B, C, ...], averaged to [B, C].
+
+    ``name``: of the field, where that is not to be the module's. ``values``: how activations are stored. ``project``:
+    to fewer values, after the reduction.
+    """
 
     member: Name
-    module: ModulePath
-    reduction: Literal["pool"] = "pool"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=100)] | None = None
+    values: FeatureValues = "fp16"
+    project: Random | None = None
 
     @property
     def field(self) -> str:
-        return f"tap/{self.member}.{self.module}"
+        return f"tap/{self.member}.{self.name or self.module}"
+
+    @model_validator(mode="after")
+    def _short(self) -> Self:
+        if len(self.field) > MAX_FIELD:
+            raise ValueError(f"its field {self.field!r} is longer than {MAX_FIELD} characters: give it a name")
+        return self
+
+    @property
+    def take(self) -> Take:
+        return Take(**{name: getattr(self, name) for name in Take.model_fields})
+
+    @property
+    def recipe(self) -> Take | None:
+        """What the plan says of how it is taken; None for the mean of the output of the module that the field names."""
+        return None if self.name is None and self.take == Take(module=self.module) else self.take
 
 
 class CacheConfig(Config):
@@ -324,14 +347,48 @@ class HardLabels(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
-class FeatureMatch(Config):
-    """Pull a student's pooled feature towards a cached tap, through a learned linear map where widths differ."""
+Adapter = Literal["auto", "linear", "conv1x1", "identity"]
+
+
+class FeatureTerm(Config):
+    """What every term on features has: cached taps, and a module of the student.
+
+    ``tap``: one, or several of one shape, which are put together as ``combine`` says: their mean, or their channels
+    side by side. ``reduction``, ``output``, ``input``, ``call``: of the student's module, as in ``Tap``; the reduction
+    is by default that of the (first) tap. ``adapter``: from the student's shape to the cached one; ``auto`` is none
+    where they agree, else ``conv1x1`` for maps and ``linear`` over the last axis.
+    """
+
+    tap: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+    module: ModulePath
+    combine: Literal["mean", "concat"] = "mean"
+    reduction: Reduction | None = None
+    output: Place | None = None
+    input: Place | None = None
+    call: Place | None = None
+    adapter: Adapter = "auto"
+    weight: float = Field(1.0, ge=0)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,) if isinstance(self.tap, str) else self.tap
+
+    def take(self, default: Reduction) -> Take:
+        """What is taken of the student, with the reduction of the cached tap where none is stated."""
+        reduction = self.reduction or default
+        return Take(module=self.module, reduction=reduction, output=self.output, input=self.input, call=self.call)
+
+    @model_validator(mode="after")
+    def _takes(self) -> Self:
+        self.take("pool")
+        return self
+
+
+class FeatureMatch(FeatureTerm):
+    """Pull a student's feature towards a cached tap."""
 
     kind: Literal["feature"] = "feature"
-    tap: str
-    module: ModulePath
     distance: Literal["cosine", "l2"] = "cosine"
-    weight: float = Field(1.0, ge=0)
 
 
 Term = Annotated[SoftTargets | HardLabels | FeatureMatch, Field(discriminator="kind")]

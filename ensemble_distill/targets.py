@@ -50,7 +50,7 @@ class Targets:
     the weights of ``ids``, whose expectations are the probabilities; an id may stand twice.
     log_z: [B, G], log Σ p^(1/T) over all classes for the ``temperatures``, where a codec kept it.
     entropy, mutual_information (nats), label_logprob (NaN without a label): [B].
-    features: [B, D] by tap, as ``tap/<member>.<module>``.
+    features: [B, ...] by tap, as ``tap/<member>.<module>``.
     """
 
     logprobs: Tensor

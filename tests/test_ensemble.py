@@ -17,7 +17,6 @@ from ensemble_distill.errors import UsageError
 from ensemble_distill.metrics import accuracy, count, ece, nll
 from ensemble_distill.mixture import combine
 from ensemble_distill.tally import Tally
-from ensemble_distill.taps import Taps, pool
 
 
 def logits(members: int = 3, b: int = 6, c: int = 5) -> list[torch.Tensor]:
@@ -111,27 +110,6 @@ def test_identity_follows_every_bit_of_the_weights() -> None:
     with torch.no_grad():
         b.body.weight[0, 0] = torch.nextafter(b.body.weight[0, 0], torch.tensor(9.0))
     assert state_digest(a) != state_digest(b)
-
-
-def test_taps_resolve_with_near_names_and_refuse_what_is_ambiguous() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    with pytest.raises(UsageError, match="no module 'l'"):
-        Taps(model, ["l"], "member 'a'")
-    taps = Taps(model, ["1"], "member 'a'")
-    with taps.watch() as values:
-        model(torch.randn(2, 4))
-    assert values["1"].shape == (2, 4)
-    model(torch.randn(2, 4))  # outside of watch nothing is recorded
-    with pytest.raises(UsageError, match="ran twice"), taps.watch():
-        model(model(torch.randn(2, 4)))
-    with pytest.raises(UsageError, match="did not run"), taps.watch():
-        model[0](torch.randn(2, 4))
-
-
-def test_pooling_is_the_mean_over_positions() -> None:
-    x = torch.randn(2, 3, 4, 5)
-    torch.testing.assert_close(pool(x), x.mean((2, 3)))
-    torch.testing.assert_close(pool(x.half())[0, 0], x.half().float().mean((2, 3))[0, 0])
 
 
 # Metrics --------------------------------------------------------------------------------------------

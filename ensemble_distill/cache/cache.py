@@ -23,7 +23,7 @@ from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usab
 from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.rows import Rows
-from ensemble_distill.codec import HeadCodec, Members, TopK
+from ensemble_distill.codec import Features, HeadCodec, Members, TopK
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
@@ -232,11 +232,22 @@ class Cache:
     def _decoded(self, rows: np.ndarray, view: int, split: str, taps: Sequence[str]) -> Targets:
         arrays, codec = self._said(split, view, rows), self.head
         targets = decode(codec, arrays[MAIN], self.mixture)
-        features = {tap: decode_feature(self._arrays(self.tap_group(tap), split, view, rows)[tap][""]) for tap in taps}
+        features = {tap: self._feature(tap, split, view, rows) for tap in taps}
         targets = replace(targets, features=features)
         if self.mixture != self.captured:
             return with_figures_of(targets, codec, arrays[MAIN], self.mixture)
         return with_figures(targets, arrays[ROW]) if ROW in arrays else targets
+
+    def _feature(self, tap: str, split: str, view: int, rows: np.ndarray) -> Tensor:
+        """A tap's features of these rows, float32 [B, ...]."""
+        return decode_feature(self.tap_codec(tap), self._arrays(self.tap_group(tap), split, view, rows)[tap])
+
+    def tap_codec(self, tap: str) -> Features:
+        """How a feature is kept: its shape, and how it was taken; UsageError as for ``tap_group``."""
+        codec = self.tap_group(tap).codecs[tap]
+        if not isinstance(codec, Features):
+            raise Corrupt(f"{self.root}: its plan keeps {tap!r} as {codec.name}, expected features")
+        return codec
 
     def tap_group(self, tap: str) -> Group:
         """The group that holds a feature; UsageError, with what there is, for one that the cache lacks."""

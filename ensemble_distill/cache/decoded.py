@@ -41,7 +41,7 @@ class Decoder:
         for head, codec in group.codecs.items():
             arrays = {name: torch.from_numpy(records[field_name(head, name)].copy()) for name in codec.arrays()}
             if isinstance(codec, Features):
-                decode_feature(arrays[""])
+                decode_feature(codec, arrays)
             elif isinstance(codec, RowFigures):
                 check_figures(arrays, self._classes)
             elif not isinstance(codec, PartnerKey):

@@ -44,7 +44,7 @@ class FieldSpec(Config):
     """One named array of a row: numpy dtype (little-endian) and shape without the row axis."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_./]+$", max_length=200)
-    dtype: Literal["<f2", "|u1"]
+    dtype: Literal["<f2", "<u2", "|i1", "|u1"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
 
 
@@ -165,7 +165,10 @@ class MemberIdentity(Config):
 
 
 class Capture(Config):
-    """tail: how classes were taken that top-k members do not list; None where there are no such members."""
+    """tail: how classes were taken that top-k members do not list; None where there are no such members.
+
+    distortions: by projected tap, the mean of |d′² − d²| / d² over pairs of rows of one batch, d their distance.
+    """
 
     members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
     precision: Literal["fp32", "bf16"]
@@ -173,10 +176,11 @@ class Capture(Config):
     calibration: Digest | None = None
     tail: Tail | None = None
     audit: Renderings = ()
+    distortions: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(max_length=1024)] = {}
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty(handler(self), "audit", "calibration", "tail")
+        return without_empty(handler(self), "audit", "calibration", "distortions", "tail")
 
 
 class Calibrated(Config):

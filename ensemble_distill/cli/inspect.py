@@ -127,7 +127,7 @@ def _plot(held: Any, statistics: dict[str, Any], picture: str, split: str | None
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
     from ensemble_distill.cache.plan import field_name
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail, taught_by
+    from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail, show_taps, taught_by
     from ensemble_distill.config import named
 
     reading, capture = plan.reading, plan.capture
@@ -161,6 +161,7 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
         for name, (dtype, shape) in codec.arrays().items()
     ]
     console.table(ui.table(f"fields: {plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields))
+    show_taps(console, plan)
     show_calibration(console, held.calibration())
     show_statistics(console, manifest.statistics)
     made = manifest.provenance

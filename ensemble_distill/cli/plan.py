@@ -12,7 +12,7 @@ from ensemble_distill.cli.options import common, settings
 
 if TYPE_CHECKING:
     from ensemble_distill.cli.console import Console
-    from ensemble_distill.recording.prices import Price, PriceList
+    from ensemble_distill.recording.prices import Price, PriceList, TapPrice
 
 MAX_SIZE = 1 << 16
 
@@ -119,8 +119,20 @@ def _report(found: PriceList) -> dict[str, Any]:
         "break_even_epochs": own.epochs,
         "memory": found.memory,
         "probe": {"batches": found.batches, "rows": found.probed, "seconds_per_row": found.seconds_per_row},
+        "taps": [_tap(tap) for tap in found.taps],
         "codecs": [_price(price) for price in found.prices],
         "left_out": [{"codec": name_of(codec), "reason": reason} for codec, reason in found.left_out],
+    }
+
+
+def _tap(tap: TapPrice) -> dict[str, Any]:
+    return {
+        "tap": tap.field,
+        "shape": list(tap.codec.dims),
+        "values": tap.codec.values,
+        "bytes_per_row": tap.bytes_per_row,
+        "bytes": tap.bytes,
+        "distortion": tap.distortion,
     }
 
 
@@ -158,6 +170,12 @@ def _show(console: Console, found: PriceList) -> None:
     console.say("")
     console.table(ui.table("", columns, [_line(price) for price in found.prices]))
     console.say("")
+    if found.taps:
+        columns = ["taps (within all of the above)", "shape", "values", "B/row", "bytes", "distances"]
+        console.table(ui.table("", columns, [_tap_line(tap) for tap in found.taps]))
+        if any(tap.distortion is not None for tap in found.taps):
+            console.say("distances: how far a projection changes squared ones between rows, on average.")
+        console.say("")
     console.say("KL (nats), TV: on the classes that are kept, all others as one. top-1: same likeliest class.")
     console.say("angle: of a student's gradient to that from all classes. epochs: until the cache is paid for.")
     console.say("*: the pipeline's own codec. To have another one, give `cache`")
@@ -187,6 +205,14 @@ def _line(price: Price) -> list[str]:
         _figure(error["gradient_degrees"], "{:.2f}°"),
         _figure(price.epochs, "{:.1f}"),
     ]
+
+
+def _tap_line(tap: TapPrice) -> list[str]:
+    from ensemble_distill.cli import console as ui
+
+    shape = "×".join(map(str, tap.codec.dims))
+    distortion = _figure(tap.distortion, "±{:.1%}")
+    return [tap.field, shape, tap.codec.values, f"{tap.bytes_per_row:,}", ui.size(tap.bytes), distortion]
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ensemble_distill.cli import console as ui
 from ensemble_distill.cli.pipeline import sources
-from ensemble_distill.cli.show import show_statistics, show_tail
+from ensemble_distill.cli.show import show_statistics, show_tail, show_taps
 from ensemble_distill.config import CacheConfig, DataConfig
 from ensemble_distill.device import devices
 from ensemble_distill.recording.capture import Progress, Recorder
@@ -40,6 +40,7 @@ def record(
         where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))
         console.say(f"members {', '.join(ensemble.names)}: eval mode, {plan.capture.precision} on {where}")
         show_tail(console, plan.capture)
+        show_taps(console, plan)
         size = ui.size(plan.rows * plan.bytes_per_row)
         console.say(f"{plan.rows:,} rows, {plan.bytes_per_row} B each, {size} in {plan.units} units")
         recorder = Recorder(plan, ensemble, splits, store, leases)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.cli.console import Console, table
+from ensemble_distill.codec import Features
+from ensemble_distill.reduction import title
 
 if TYPE_CHECKING:
-    from ensemble_distill.cache.plan import Capture
+    from ensemble_distill.cache.plan import Capture, Plan
 # Of each predictor: the column's head and how a figure is shown.
 COLUMNS = {
     "accuracy": ("accuracy", "{:.2%}"),
@@ -119,6 +121,23 @@ def show_tail(console: Console, capture: Capture) -> None:
         console.say(f"top-k     {names}: classes not listed are taken as even, so no row is exactly what was said")
     if capture.tail:
         console.say("          accuracy, NLL and ECE take classes not listed as even")
+
+
+def show_taps(console: Console, plan: Plan) -> None:
+    """How each tap is taken and kept, where that is more than a mean in float16."""
+    for group in plan.groups:
+        for field, codec in group.codecs.items():
+            if isinstance(codec, Features) and (codec.take or codec.project or codec.values != "fp16"):
+                console.say(f"tap       {field}: {_taken(codec, plan.capture.distortions.get(field))}")
+
+
+def _taken(codec: Features, distortion: float | None) -> str:
+    parts = [f"{title(codec.take.reduction)} of {codec.take.what}"] if codec.take else []
+    if codec.project:
+        parts.append(f"projected to {codec.project.dim} ({codec.project.kind}, seed {codec.project.seed})")
+    if distortion is not None:
+        parts.append(f"squared distances change by {distortion:.1%} on average")
+    return ", ".join([*parts, codec.values])
 
 
 def scores(values: Mapping[str, float]) -> str:

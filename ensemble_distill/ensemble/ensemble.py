@@ -14,6 +14,7 @@ from ensemble_distill.config import CacheConfig, Gives, Precision
 from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
 from ensemble_distill.ensemble.distributions import InvalidRow, Stated, stated
 from ensemble_distill.ensemble.members import Loaded
+from ensemble_distill.ensemble.tapped import Tapped
 from ensemble_distill.ensemble.visit import settle, visit
 from ensemble_distill.errors import InvalidOutput, UsageError
 from ensemble_distill.mixture import combine
@@ -27,7 +28,7 @@ class Outputs:
     """What the ensemble said about a batch, on the first device.
 
     logprobs: float32 [B, C]. members: float32 log-probabilities [B, C] of each, at its own temperature.
-    features: float32 [B, D] by tap field. known: bool [B, C], the classes that all members told apart, whose
+    features: float32 [B, ...] by tap field. known: bool [B, C], the classes that all members told apart, whose
     log-probabilities alone are known; None where all are, or are taken as even.
     """
 
@@ -63,13 +64,15 @@ class Ensemble:
         self.temper([m.temperature for m in config.members], config.temperature)
         self.gives: list[Gives] | None = None
         self._taps: dict[str, Taps] = {}
+        self._tapped = Tapped(config.taps)
         for name, module in zip(self.names, self.modules, strict=True):
-            tapped = [t.module for t in config.taps if t.member == name]
+            tapped = {t.field: t.take for t in config.taps if t.member == name}
             if isinstance(module, nn.Module):
                 self._taps[name] = Taps(module, tapped, f"member {name!r}")
             elif tapped:
                 raise UsageError(
-                    f"member {name!r} is no nn.Module but a {type(module).__name__}: it has no {tapped[0]!r} to tap"
+                    f"member {name!r} is no nn.Module but a {type(module).__name__}: "
+                    f"it has no {next(iter(tapped.values())).module!r} to tap"
                 )
 
     def temper(self, before: Sequence[float], after: float) -> None:
@@ -101,7 +104,8 @@ class Ensemble:
         """
         held = held or {}
         which = [i for i, name in enumerate(self.names) if name not in held or name in tapped]
-        said, features = self._forward(inputs, which)
+        said, raw = self._forward(inputs, which)
+        features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
         first = self.devices[0]
         scaled = {self.names[i]: s.logits.to(first) / self.temperatures[i] for i, s in zip(which, said, strict=True)}
         tempered = [held[name].to(first) if name in held else scaled[name] for name in self.names]
@@ -117,14 +121,23 @@ class Ensemble:
 
     def taps(self, inputs: Mapping[str, Tensor], members: Collection[str]) -> Outputs:
         """The features of these members alone; what they predict is left out."""
-        features = self._forward(inputs, [i for i, name in enumerate(self.names) if name in members])[1]
+        raw = self._forward(inputs, [i for i, name in enumerate(self.names) if name in members])[1]
+        features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
         return Outputs(torch.empty(0), [], {name: f.to(self.devices[0]) for name, f in features.items()})
 
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The taps of a few rows, to learn their widths; and from then on what each member ``gives`` is fixed."""
-        said, features = self._forward(inputs)
+        """The taps of a few rows, to learn their shapes; from then on these, and what each ``gives``, are fixed."""
+        said, raw = self._forward(inputs)
         self.gives = [s.gives for s in said]
+        features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
+        self._tapped.expect(features)
         return features
+
+    def distortions(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+        """By projected tap: how far squared distances between the rows of a batch change (see ``projection.py``)."""
+        if not any(tap.project for tap in self.config.taps):
+            return {}
+        return self._tapped.distortions(self._forward(inputs)[1])
 
     @torch.inference_mode()
     def _forward(
@@ -159,7 +172,7 @@ class Ensemble:
         there = visit(module, device) if self.config.one_at_a_time else nullcontext()
         with there, autocast(device, self.precision), self._taps[name].watch() as tapped:
             output: object = module(*copies[device])
-        return output, {f"tap/{name}.{m}": f for m, f in tapped.items()}
+        return output, tapped
 
     def _known(self, said: Sequence[Stated], names: Sequence[str]) -> Tensor | None:
         """Of the classes that top-k members leave unknown; InvalidRow where less is known than is to be kept."""

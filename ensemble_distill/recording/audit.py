@@ -17,6 +17,8 @@ from torch import Tensor
 from ensemble_distill.cache.cache import Cache
 from ensemble_distill.cache.plan import MAIN, TARGETS, Group, Plan, field_name
 from ensemble_distill.codec import Dense, Features, HeadCodec, Members, TopK, VarOpt
+from ensemble_distill.codecs.features import decode as decode_feature
+from ensemble_distill.codecs.features import spread
 from ensemble_distill.codecs.heads import decode
 from ensemble_distill.config import CacheConfig, DataConfig
 from ensemble_distill.device import memory_errors
@@ -115,10 +117,13 @@ def check_members(plan: Plan, members: list[Loaded], config: CacheConfig) -> Non
     _same(f"{whole} combine rule", plan.reading.combine, config.combine)
     if not fitted:
         _same(f"{whole} temperature", plan.reading.temperature_after, config.temperature)
-    taps = {tap.field for tap in config.taps}
-    for head in (head for group in plan.groups for head, codec in group.codecs.items() if isinstance(codec, Features)):
+    taps = {tap.field: tap for tap in config.taps}
+    heads = ((head, codec) for group in plan.groups for head, codec in group.codecs.items())
+    for head, codec in ((head, codec) for head, codec in heads if isinstance(codec, Features)):
         if head not in taps:
             raise Mismatch(f"the cache holds {head}, for which cache() has no tap", hint="restore the tap")
+        for name, now in (("values", taps[head].values), ("take", taps[head].recipe), ("project", taps[head].project)):
+            _same(f"{head} is taken in another way than in the cache: its {name}", getattr(codec, name), now)
 
 
 def _same(what: str, before: object, now: object) -> None:
@@ -194,6 +199,11 @@ def _compare(
                 _count_equal(place, old, anew[head][name])
                 if old.dtype == torch.float16 and not isinstance(group.codecs[head], VarOpt):
                     _add_figures(place, old, anew[head][name], rounding, names, NOTHING if head == MAIN else LOWEST)
+        for head, codec in group.codecs.items():
+            if isinstance(codec, Features) and codec.values != "fp16":
+                _add_features(
+                    found.setdefault(f"{head} (decoded)", Difference()), codec, held[head], anew[head], rounding, names
+                )
         if group.name == TARGETS:
             _add_targets(found.setdefault(DECODED, Difference()), cache, group, held[MAIN], anew[MAIN], names)
 
@@ -212,6 +222,27 @@ def _add_figures(place: Difference, old: Tensor, new: Tensor, rounding: float, n
     size = torch.maximum(a.abs(), b.abs())
     if size.numel():
         place.add((a - b).abs(), HALF * size + rounding * size.amax(dim=1, keepdim=True).clamp(min=1), names)
+
+
+def _add_features(
+    place: Difference,
+    codec: Features,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    rounding: float,
+    names: list[str],
+) -> None:
+    """Differences of decoded features against a step of their codec and the members' rounding."""
+    a, b = (decode_feature(codec, arrays).double().reshape(len(names), -1) for arrays in (old, new))
+    size = torch.maximum(a.abs(), b.abs())
+    largest = size.amax(dim=1, keepdim=True)
+    step = size * 2**-7
+    if codec.values == "int8":  # the next code, and the next scale
+        scales = (spread(codec, arrays["scale"].double()).expand(old["codes"].shape) for arrays in (old, new))
+        step = torch.maximum(*scales).reshape(len(names), -1) + HALF * size
+    place.values += a.numel()
+    place.equal += int((a == b).sum())
+    place.add((a - b).abs(), step + rounding * largest.clamp(min=1), names)
 
 
 def _add_targets(

@@ -375,7 +375,7 @@ def _mixture(plan: Plan) -> Mixture:
 def encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
     """The arrays that a codec makes of a batch."""
     if isinstance(codec, Features):
-        return {"": features.encode(outputs.features[head])}
+        return features.encode(codec, outputs.features[head], head)
     if isinstance(codec, PartnerKey):
         return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
     if isinstance(codec, RowFigures):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
 from ensemble_distill.recording.growing import grown
 from ensemble_distill.recording.tail import resolved_tail
+from ensemble_distill.recording.taps import feature_codec
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import Leases
@@ -52,18 +53,19 @@ PROBE_ROWS = 128
 class Pieces:
     """What a plan is made of beside the configuration: read, loaded or measured once.
 
-    widths: of each tap's feature, by its field. temperatures: the members', and the ensemble's. calibration: the digest
-    of the record that they come from, if any.
+    taps: the codec of each tap's feature, by its field. temperatures: the members', and the ensemble's. calibration:
+    the digest of the record that they come from, if any. distortions: what projections do to distances, by tap.
     """
 
     data: DataConfig
     members: tuple[MemberIdentity, ...]
     precision: Resolved
     splits: Mapping[str, Split]
-    widths: Mapping[str, int]
+    taps: Mapping[str, Features]
     temperatures: tuple[tuple[float, ...], float]
     audit: Renderings
     calibration: str | None = None
+    distortions: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepare(
@@ -179,7 +181,7 @@ def load_pieces(
     members = [load_member(member) for member in config.members]
     ensemble = Ensemble(members, config, len(data.classes), devices)
     probe = _probe(sources)
-    widths = _widths(ensemble, probe)
+    taps, distortions = _taps(ensemble, probe, config)
     gives = ensemble.gives or []
     pieces = Pieces(
         data=data,
@@ -196,9 +198,10 @@ def load_pieces(
         ),
         precision=ensemble.resolve_precision(precision, probe),
         splits={name: _rows(name, source, config.views) for name, source in sources.items()},
-        widths=widths,
+        taps=taps,
         temperatures=(ensemble.temperatures, ensemble.temperature),
         audit=_audit(data, config, sources),
+        distortions=distortions,
     )
     return pieces, ensemble
 
@@ -209,7 +212,7 @@ def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
     Raises UsageError for a codec that keeps more classes than there are, and for units that are too large.
     """
     classes = pieces.data.classes
-    groups = _groups(config, len(classes), pieces.widths, pieces.data.views.mix is not None and config.views > 1)
+    groups = _groups(config, len(classes), pieces.taps, pieces.data.views.mix is not None and config.views > 1)
     widest = max(group.dtype.itemsize for group in groups)
     if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
         raise UsageError(
@@ -232,6 +235,7 @@ def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
             calibration=pieces.calibration,
             tail=resolved_tail(config, [member.gives for member in pieces.members]),
             audit=pieces.audit,
+            distortions=dict(pieces.distortions),
         ),
         format=config.format,
         splits={
@@ -250,16 +254,18 @@ def existing_plan(store: Store) -> Plan | None:
 def with_held_audit(held: Plan, plan: Plan) -> Plan:
     """The plan with the renderings that are held, unless they differ by more than a machine's last bits.
 
-    Those of a plan from before there were renderings are none, and stay none.
+    Those of a plan from before there were renderings are none, and stay none. So do figures of projections.
     """
     if held.capture.audit and differs(held.capture.audit, plan.capture.audit):
         return plan
-    return plan.model_copy(update={"capture": plan.capture.model_copy(update={"audit": held.capture.audit})})
+    measured = {"audit": held.capture.audit, "distortions": plan.capture.distortions | held.capture.distortions}
+    return plan.model_copy(update={"capture": plan.capture.model_copy(update=measured)})
 
 
 def refuse_difference(held: Plan, plan: Plan, where: str) -> None:
     """Mismatch if a directory was begun with another plan, or with views that look otherwise."""
-    old_plan, new_plan = (p.model_dump(mode="json", exclude={"capture": {"audit"}}) for p in (held, plan))
+    measured = {"capture": {"audit", "distortions"}}
+    old_plan, new_plan = (p.model_dump(mode="json", exclude=measured) for p in (held, plan))
     # Another number of rows changes the labels' digest and the unit size too: say the cause.
     rows = [{"splits": {n: {"rows": s["rows"]} for n, s in p["splits"].items()}} for p in (old_plan, new_plan)]
     hit = difference(rows[0], rows[1]) or difference(old_plan, new_plan)
@@ -320,17 +326,21 @@ def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
 
 
-def _widths(ensemble: Ensemble, probe: Mapping[str, Tensor]) -> dict[str, int]:
-    """The width of each tap, by field, from two rows."""
+def _taps(
+    ensemble: Ensemble, probe: Mapping[str, Tensor], config: CacheConfig
+) -> tuple[dict[str, Features], dict[str, float]]:
+    """The codec of each tap, by field, from two rows; and what projections do to distances, from all."""
     try:
         features = ensemble.look({name: x[:2] for name, x in probe.items()})
+        distortions = ensemble.distortions(probe)
     except InvalidRow as error:
         message = f"{error} for sample {error.row} of the first source; nothing is committed"
         raise InvalidOutput(message, hint=error.hint) from error
-    return {field: feature.shape[1] for field, feature in features.items()}
+    codecs = {tap.field: feature_codec(tap, tuple(features[tap.field].shape[1:])) for tap in config.taps}
+    return codecs, distortions
 
 
-def _groups(config: CacheConfig, classes: int, widths: Mapping[str, int], mixes: bool) -> tuple[Group, ...]:
+def _groups(config: CacheConfig, classes: int, taps: Mapping[str, Features], mixes: bool) -> tuple[Group, ...]:
     try:
         main = resolved(config.codec, classes, tuple(member.name for member in config.members))
     except ValueError as error:
@@ -338,5 +348,5 @@ def _groups(config: CacheConfig, classes: int, widths: Mapping[str, int], mixes:
     partner = {PARTNER: PartnerKey()} if mixes else {}
     groups = [Group.of(TARGETS, {MAIN: main, ROW: RowFigures(), **partner})]
     for tap in config.taps:
-        groups.append(Group.of(f"tap.{tap.member}.{tap.module}", {tap.field: Features(width=widths[tap.field])}))
+        groups.append(Group.of(tap.field.replace("/", "."), {tap.field: taps[tap.field]}))
     return tuple(groups)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ensemble_distill.cache.plan import Group, Plan
-from ensemble_distill.codec import HeadCodec
+from ensemble_distill.codec import Features, HeadCodec
 from ensemble_distill.config import CacheConfig, DataConfig, explain
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.errors import UsageError
@@ -39,10 +39,22 @@ class Price:
 
 
 @dataclass(frozen=True)
+class TapPrice:
+    """What one tap adds to every codec's price. distortion: of distances by its projection; None without one."""
+
+    field: str
+    codec: Features
+    bytes_per_row: int
+    bytes: int
+    distortion: float | None
+
+
+@dataclass(frozen=True)
 class PriceList:
     """left_out: codecs that cannot be captured here, and why. memory: bytes, by what takes them."""
 
     plan: Plan
+    taps: list[TapPrice]
     prices: list[Price]
     left_out: list[tuple[HeadCodec, str]]
     devices: list[str]
@@ -79,6 +91,7 @@ def price_list(
     teller = Teller(measured, ensemble.devices, workers, hashing_seconds())
     return PriceList(
         plan=own,
+        taps=tap_prices(own),
         prices=[teller.price(codec, plan, codec == config.codec) for codec, plan in plans.items()],
         left_out=left_out,
         devices=[str(device) for device in dict.fromkeys(ensemble.devices)],
@@ -155,12 +168,29 @@ class Teller:
         return (as_it_is + (views - 1) * rendered) / views
 
 
+def tap_prices(plan: Plan) -> list[TapPrice]:
+    """What each tap takes, in the order of the plan."""
+    return [
+        TapPrice(
+            field=field,
+            codec=codec,
+            bytes_per_row=group.dtype.itemsize,
+            bytes=_group_bytes(plan, group),
+            distortion=plan.capture.distortions.get(field),
+        )
+        for group in plan.groups
+        for field, codec in group.codecs.items()
+        if isinstance(codec, Features)
+    ]
+
+
 def stored_bytes(plan: Plan) -> int:
     """What the shards of a plan take: their rows, and what the format writes around the rows of each."""
-    return sum(
-        plan.rows * _row_bytes(plan.format, group) + plan.item_count * _overhead(plan.format, group)
-        for group in plan.groups
-    )
+    return sum(_group_bytes(plan, group) for group in plan.groups)
+
+
+def _group_bytes(plan: Plan, group: Group) -> int:
+    return plan.rows * _row_bytes(plan.format, group) + plan.item_count * _overhead(plan.format, group)
 
 
 def _row_bytes(format: str, group: Group) -> int:

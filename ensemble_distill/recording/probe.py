@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ensemble_distill.cache.plan import MAIN, TARGETS, Plan, WorkItem, field_name
-from ensemble_distill.codec import HeadCodec
+from ensemble_distill.codec import Features, HeadCodec
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
@@ -141,10 +141,13 @@ class Probe:
 
     def _figures(self, said: Said, outputs: Outputs) -> None:
         """What every capture does with a batch, whatever its codec."""
-        arrays = [*heads.encode_figures(said).values(), *map(features.encode, outputs.features.values())]
-        for array in arrays:
+        coded = [features.encode(self._tap(field), f, field) for field, f in outputs.features.items()]
+        for array in (array for arrays in [heads.encode_figures(said), *coded] for array in arrays.values()):
             array.cpu()
         count(self.tally, [*outputs.members, outputs.logprobs], said.labels)
+
+    def _tap(self, field: str) -> Features:
+        return cast(Features, next(group.codecs[field] for group in self.own.groups if field in group.codecs))
 
     def _decode(self, plan: Plan, records: np.ndarray) -> None:
         codec = _head(plan)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.config import FeatureMatch, HardLabels, SoftTargets, Term, TrainConfig
+from ensemble_distill.config import FeatureTerm, HardLabels, SoftTargets, Term, TrainConfig
 from ensemble_distill.device import Resolved
 from ensemble_distill.errors import UsageError
 from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, mixed_labels, soft_targets
 from ensemble_distill.scoring import logits_of
-from ensemble_distill.taps import Taps
 from ensemble_distill.targets import Targets
+from ensemble_distill.training.features import FeaturePairs
 
 _DISTANCES = {"cosine": feature_cosine, "l2": feature_l2}
 
@@ -28,36 +28,22 @@ class Objective(nn.Module):
         self.weight = config.weight
         if not self.terms:
             raise UsageError("the objective has no term of positive weight")
-        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureMatch)}
         for name, term in self.terms.items():
             if isinstance(term, HardLabels) and not has_labels:
                 raise UsageError(f"objective.{name} needs labels, but the source has none")
-            if isinstance(term, FeatureMatch):
-                cache.tap_group(term.tap)  # refuses a tap that the cache does not hold
-        self.taps = tuple(dict.fromkeys(term.tap for term in matches.values()))
-        self._student_taps = Taps(student, list(dict.fromkeys(t.module for t in matches.values())), "the student")
-        self.adapters = nn.ModuleDict()
+        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureTerm)}
+        self.features = FeaturePairs(matches, student, cache)
+        self.taps, self.adapters = self.features.taps, self.features.adapters
 
     def build_adapters(self, student: nn.Module, batch: Batch, device: torch.device) -> None:
-        """A linear map student → teacher for each feature term whose widths differ. Call once, before step 1."""
-        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureMatch)}
-        if not matches:
-            return
-        was_training = student.training
-        student.eval()  # a pass in training mode would move the batch statistics
-        with torch.no_grad(), self._student_taps.watch() as features:
-            logits_of(student, batch.inputs, device, "fp32")
-        student.train(was_training)
-        for name, term in matches.items():
-            width, wanted = features[term.module].shape[1], batch.targets.features[term.tap].shape[1]
-            if width != wanted:
-                self.adapters[name] = nn.Linear(width, wanted).to(device)
+        """A learned map student → teacher for each feature term whose shapes differ. Call once, before step 1."""
+        self.features.build(student, batch, device)
 
     def forward(
         self, student: nn.Module, batch: Batch, device: torch.device, precision: Resolved
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term's own value (detached, unweighted), for one batch."""
-        with self._student_taps.watch() as features:
+        with self.features.watch() as features:
             logits = logits_of(student, batch.inputs, device, precision)
         targets = batch.targets.to(device)
         weights = None if self.weight is None else row_weights(self.weight(targets), targets)
@@ -81,10 +67,8 @@ class Objective(nn.Module):
             return soft_targets(logits, targets, term.temperature, weights)
         if isinstance(term, HardLabels):
             return _labels(logits, batch, term.label_smoothing, weights)
-        feature = features[term.module]
-        if name in self.adapters:
-            feature = self.adapters[name](feature)
-        return _DISTANCES[term.distance](feature, targets.features[term.tap], weights)
+        feature, cached = self.features.pair(name, features, targets)
+        return _DISTANCES[term.distance](feature.flatten(1), cached.flatten(1), weights)
 
 
 def row_weights(weights: object, targets: Targets) -> Tensor:

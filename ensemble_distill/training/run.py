@@ -6,6 +6,7 @@ checkpoint*.*            where to go on: weights, EMA, optimiser, adapters, rand
 best.safetensors         the student that did best on held_out
 last.safetensors         the student after the last step
 student.safetensors      the one to deploy: best where there is a held_out split, else last
+adapters.safetensors     where there are any: maps to the teachers' features after the last step; no student needs them
 """
 
 from __future__ import annotations
@@ -182,6 +183,8 @@ class Run:
             if sha256(weights) != self.best_sha256:
                 raise Corrupt(f"{self.storage.path / 'best.safetensors'} is damaged: not the weights that were saved")
         self.storage.replace("student.safetensors", weights)
+        if len(self.objective.adapters):
+            self.storage.replace("adapters.safetensors", _weights(self.objective.adapters))
         line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
         line["student"] = sha256(weights)
         if "test" in self.sources and "test" in self.cache.parts:
