@@ -474,7 +474,8 @@ def test_figures_out_of_their_range_are_refused_and_unknown_ones_are_not(name: s
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_feature_that_is_not_finite_is_refused(value: float) -> None:
-    stored = features.encode(torch.zeros(4, 3))
-    stored[2, 1] = value
+    codec = Features(width=3)
+    stored = features.encode(codec, torch.zeros(4, 3))
+    stored[""][2, 1] = value
     with pytest.raises(BadRow, match="row 2 of a batch: a feature that is not finite"):
-        features.decode(stored)
+        features.decode(codec, stored)
