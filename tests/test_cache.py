@@ -325,10 +325,10 @@ def test_an_interrupt_ends_a_capture_which_says_how_far_it_is(
     plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
     forward, calls = Recorder._forward, itertools.count(1)
 
-    def interrupted(self: Recorder, piece: object) -> object:
+    def interrupted(self: Recorder, *args: object) -> object:
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return forward(self, piece)
+        return forward(self, *args)
 
     monkeypatch.setattr(Recorder, "_forward", interrupted)
     with pytest.raises(Interrupted, match="2/28 units committed"):

@@ -208,6 +208,7 @@ def test_only_passes_under_watch_are_recorded_and_a_module_must_run() -> None:
 def test_taps_live_through_compilation(fullgraph: bool) -> None:
     """As hooks on the compiled model itself, and on its parts before it was compiled; without endless recompiling."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests in this process
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.Flatten())
     takes = {"map": Take(module="0", reduction="attention"), "raw": Take(module="0", reduction="none")}
     before = Taps(net, takes, "the student")
