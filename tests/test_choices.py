@@ -266,3 +266,18 @@ def test_reports_say_who_taught_and_in_which_order_it_was_tempered(cli: Cli, cac
     assert json.loads((cli.folder / "r" / "config.json").read_text())["taught_by"]["temperature"] == 2
     assert json.loads(cli("evaluate", "digits.py", "--run", "r", "--json").stdout)["taught_by"]["shares"] == {"a": 1.0}
     assert "then T 1 after averaging" in cli("inspect", "members").stdout
+
+
+def test_temperatures_that_a_codec_cannot_give_are_refused_before_anything_is_written(cli: Cli) -> None:
+    cli("cache", "digits.py", "--out", "draws", "--views", "1", "--set", 'codec={"name":"varopt","k":3}')
+    cli("cache", "digits.py", "--out", "few", "--views", "1", "--set", 'codec={"name":"topk","k":1,"temperatures":[8]}')
+    train = ["train", "digits.py", "--out", "r", "--set", "epochs=1"]
+    refused = cli(*train, "--cache", "draws", code=2).stderr
+    assert "temperature 2.0: a sample of classes cannot be tempered" in refused and "topk or dense" in refused
+    assert (
+        "can be tempered between 1 and 8"
+        in cli(*train, "--cache", "few", "--set", "objective.soft.temperature=9", code=2).stderr
+    )
+    assert not (cli.folder / "r").exists()
+    warned = cli(*train, "--cache", "few", "--set", "objective.soft.temperature=8").stderr
+    assert "note: objective.soft: at temperature 8 the kept classes hold" in warned

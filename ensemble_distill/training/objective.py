@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,8 @@ from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, mix
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.targets import Targets
 from ensemble_distill.training.features import FeaturePairs
+
+log = logging.getLogger(__name__)
 
 _DISTANCES = {"cosine": feature_cosine, "l2": feature_l2}
 
@@ -34,6 +37,14 @@ class Objective(nn.Module):
         matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureTerm)}
         self.features = FeaturePairs(matches, student, cache)
         self.taps, self.adapters = self.features.taps, self.features.adapters
+
+    def check(self, targets: Targets) -> None:
+        """Refuse what these targets cannot give (UsageError), before anything is written or trained."""
+        for name, term in self.terms.items():
+            if isinstance(term, SoftTargets):
+                _warn_of_rest(name, term.temperature, targets.at(term.temperature))
+        if self.weight is not None:
+            row_weights(self.weight(targets), targets)
 
     def build_adapters(self, student: nn.Module, batch: Batch, device: torch.device) -> None:
         """A learned map student → teacher for each feature term whose shapes differ. Call once, before step 1."""
@@ -69,6 +80,16 @@ class Objective(nn.Module):
             return _labels(logits, batch, term.label_smoothing, weights)
         feature, cached = self.features.pair(name, features, targets)
         return _DISTANCES[term.distance](feature.flatten(1), cached.flatten(1), weights)
+
+
+def _warn_of_rest(name: str, temperature: float, tempered: Targets) -> None:
+    """Tempered, kept classes hold less of the mass: the more of it is in the rest, the less a row says."""
+    if tempered.residual is not None and (rest := float(tempered.residual.mean())) > 0.5:
+        log.warning(
+            "objective.%s: at temperature %g the kept classes hold %.0f%% of the mass, and the rest is one class: "
+            "a lower temperature, or more kept classes, say more",
+            name, temperature, 100 * (1 - rest),
+        )  # fmt: skip
 
 
 def row_weights(weights: object, targets: Targets) -> Tensor:

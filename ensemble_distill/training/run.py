@@ -273,6 +273,7 @@ class Run:
         has_labels = self.sources["train"].labels is not None
         self.objective = Objective(self.config, self.student, self.cache, has_labels)
         first = next(iter(self._batches("train")))  # also proves the first batch's keys before step 1
+        self.objective.check(first.targets)
         self.objective.build_adapters(self.student, first, self.device)
         self.precision: Resolved = self._resolve_precision(first)
         self.optimizer = make_optimizer(self.config.optimizer, self._parameters())
