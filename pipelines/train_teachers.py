@@ -1,6 +1,7 @@
-"""Train the four committed Fashion-MNIST teachers, or go on with a training that was stopped.
+"""Train the committed Fashion-MNIST teachers, or go on with a training that was stopped.
 
-    python pipelines/train_teachers.py --out data/teachers
+    python pipelines/train_teachers.py --out data/teachers      # a to d: residual networks; e, f: transformers
+    python pipelines/train_teachers.py --out data/teachers --only e f
 
 Each member has its own seed, width, augmentation and schedule: one or two cycles of the learning rate
 (Loshchilov & Hutter 2017), of which some epochs may see random 24-pixel windows, at 1.4 times less work, before
@@ -24,31 +25,72 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ensemble_distill.config import Crop, Erase, Flip, ViewsConfig
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.sources.views import render
 from parts.fashion_mnist import split
 from parts.resnet import ResNet
+from parts.vit import ViT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One member. ``cycles``: (epochs, peak learning rate, share of the epochs that see small windows)."""
 
-    widths: tuple[int, ...]
     erase: float
     seed: int
     cycles: tuple[tuple[int, float, float], ...]
     batch_size: int = 128
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetRecipe(Recipe):
+    widths: tuple[int, ...]
     weight_decay: float = 5e-4
 
+    def model(self) -> nn.Module:
+        return ResNet(self.widths, classes=10)
 
-MEMBERS = {
-    "a": Recipe((32, 64, 128), erase=0.5, seed=1, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
-    "b": Recipe((32, 64, 128), erase=0.3, seed=2, cycles=((24, 0.1, 0.0),)),
-    "c": Recipe((32, 64, 128), erase=0.3, seed=3, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
-    "d": Recipe((24, 64, 160), erase=0.2, seed=4, cycles=((24, 0.1, 0.0),)),
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTRecipe(Recipe):
+    """A transformer of 28-pixel images only: no small windows. The weight decay is of matrices and kernels only."""
+
+    width: int
+    heads: int
+    hidden: int
+    depth: int
+    patch: int = 4
+    stem: int = 32
+    batch_size: int = 64
+    weight_decay: float = 0.05
+
+    def model(self) -> nn.Module:
+        return ViT(self.patch, self.width, self.depth, self.heads, classes=10, hidden=self.hidden, stem=self.stem)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        decayed = {layer.weight for layer in layers}
+        others = [p for p in model.parameters() if p not in decayed]
+        groups = [{"params": [layer.weight for layer in layers]}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
+
+
+MEMBERS: dict[str, ResNetRecipe | ViTRecipe] = {
+    "a": ResNetRecipe(widths=(32, 64, 128), erase=0.5, seed=1, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
+    "b": ResNetRecipe(widths=(32, 64, 128), erase=0.3, seed=2, cycles=((24, 0.1, 0.0),)),
+    "c": ResNetRecipe(widths=(32, 64, 128), erase=0.3, seed=3, cycles=((20, 0.15, 0.75), (12, 0.08, 0.0))),
+    "d": ResNetRecipe(widths=(24, 64, 160), erase=0.2, seed=4, cycles=((24, 0.1, 0.0),)),
+    "e": ViTRecipe(
+        width=64, depth=3, heads=4, hidden=128, erase=0.1, seed=5, cycles=((10, 2e-3, 0.0), (5, 1.5e-3, 0.0))
+    ),
+    "f": ViTRecipe(width=48, depth=4, heads=3, hidden=144, erase=0.0, seed=6, cycles=((10, 3e-3, 0.0), (5, 2e-3, 0.0))),
 }
 
 
@@ -87,8 +129,8 @@ def train(name: str, out: Path) -> None:
         print(f"{weights} is there: nothing to do")
         return
     torch.manual_seed(recipe.seed)
-    model = ResNet(recipe.widths, classes=10).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    model = recipe.model().to(memory_format=torch.channels_last)
+    optimizer = recipe.optimizer(model)
     done = restore(model, optimizer, state)
     images, labels = split("train")
     keys = sample_keys({"image": images})
@@ -109,8 +151,8 @@ def train(name: str, out: Path) -> None:
 
 
 def train_epoch(
-    model: ResNet,
-    optimizer: torch.optim.SGD,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     epoch: Epoch,
     data: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -135,28 +177,34 @@ def train_epoch(
     return round(total / steps, 4)
 
 
-def save(model: ResNet, optimizer: torch.optim.SGD, epoch: int, path: Path) -> None:
-    momentum = {f"momentum/{name}": optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
-    tensors = {k: v.contiguous() for k, v in (model.state_dict() | momentum).items()}
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, path: Path) -> None:
+    moments = {
+        f"optimizer/{name}/{key}": tensor
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state[parameter].items()
+    }
+    tensors = {k: v.contiguous() for k, v in (model.state_dict() | moments).items()}
     part = path.with_suffix(".part")
     save_file(tensors | {"epoch": torch.tensor(epoch)}, part)
     os.replace(part, path)
 
 
-def restore(model: ResNet, optimizer: torch.optim.SGD, path: Path) -> int:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
     """The number of epochs done."""
     if not path.exists():
         return 0
     tensors = load_file(path)
     done = int(tensors.pop("epoch"))
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter]["momentum_buffer"] = tensors.pop(f"momentum/{name}")
+    parameters = dict(model.named_parameters())
+    for field in [key for key in tensors if key.startswith("optimizer/")]:
+        _, name, key = field.split("/")
+        optimizer.state[parameters[name]][key] = tensors.pop(field)
     model.load_state_dict(tensors)
     return done
 
 
 @torch.inference_mode()
-def evaluate(model: ResNet, part: str) -> dict[str, float]:
+def evaluate(model: nn.Module, part: str) -> dict[str, float]:
     model.eval()
     images, labels = split(part)
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,13 +225,13 @@ def append(log: Path, name: str, line: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/teachers"))
-    parser.add_argument("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
+    parser.add_argument("--only", nargs="+", choices=MEMBERS, default=list(MEMBERS))
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.members:
+    for name in args.only:
         train(name, args.out)
 
 
