@@ -259,3 +259,106 @@ def test_pages_of_a_split_do_not_go_across_its_cuts() -> None:
     for cuts in ((0,), (7, 7), (23,), (9, 8)):
         with pytest.raises(ValueError, match=r"cuts|greater"):
             Split(rows=23, views=1, unit_rows=5, labels=None, cuts=cuts)
+
+
+# Breaking it --------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_was_put_back_costs_nothing_that_was_appended(cli: Cli) -> None:
+    plan = (cli.folder / "two" / "PLAN").read_text()
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    before = files(cli.folder / "two")
+    (cli.folder / "two" / "PLAN").write_text(plan)
+    cli("verify", "two", code=4)
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    assert files(cli.folder / "two").items() >= before.items()
+    cli("verify", "two")
+
+
+def test_a_plan_that_was_put_back_in_the_middle_of_an_append_is_not_mended(cli: Cli) -> None:
+    current = (cli.folder / "two" / "CURRENT").read_text()
+    plan = (cli.folder / "two" / "PLAN").read_text()
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    before = files(cli.folder / "two")
+    (cli.folder / "two" / "CURRENT").write_text(current)
+    (cli.folder / "two" / "PLAN").write_text(plan)
+    cli("repair", "two", "digits.py", "--set", MEMBERS, code=4)
+    assert files(cli.folder / "two") == before
+
+
+def test_a_forged_commit_comes_into_no_new_manifest(cli: Cli) -> None:
+    from ensemble_distill.store import records
+    from ensemble_distill.store.store import open_store
+
+    store = open_store(cli.folder / "two")
+    unit = next(u for u in store.committed() if u.startswith("train"))
+    forged = store.commit(unit).model_copy(update={"content": "0" * 64})
+    store.storage.replace(f"commits/{unit}.json", records.seal(forged))
+    before = files(cli.folder / "two")
+    for command in (
+        ["append", "digits.py", "--cache", "two", "--set", MEMBERS],
+        ["cache", "two.py", "--out", "two", "--set", MEMBERS],
+        ["seal", "two"],
+    ):
+        assert "not the commit that was sealed" in cli(*command, code=4).stderr
+    assert files(cli.folder / "two").items() >= before.items()
+    cli("repair", "two", "two.py", "--set", MEMBERS)
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+
+
+CUSTOM = 'transforms=(ed.Custom(name="dim", slots=0, function=lambda x, u: x // {}),)'
+
+
+def test_views_look_as_they_did_before_more_was_appended(cli: Cli) -> None:
+    for name, by in (("dim", 2), ("darker", 9)):
+        cli.change("transforms=(ed.Crop(padding=1),)", CUSTOM.format(by), to=f"{name}.py")
+    cli("cache", "dim.py", "--out", "c")
+    assert "view" in cli("append", "darker.py", "--cache", "c", "--views", "3", code=3).stderr
+    cli("append", "dim.py", "--cache", "c", "--views", "3")
+    cli("cache", "dim.py", "--out", "one", "--views", "1")
+    cli("append", "dim.py", "--cache", "one", "--views", "2")
+    for cache in ("c", "one"):
+        cli("train", "darker.py", "--cache", cache, "--out", "r", "--set", "epochs=2", code=3)
+
+
+def test_garbage_is_not_looked_for_where_the_manifest_in_force_is_lost(cli: Cli) -> None:
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    (cli.folder / "two" / "manifests" / f"{open_cache(cli.folder / 'two').digest}.json").unlink()
+    before = files(cli.folder / "two")
+    cli("gc", "two", "--older-than", "0", "--delete", code=4)
+    assert files(cli.folder / "two") == before
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    cli("verify", "two")
+
+
+def test_junk_among_the_manifests_is_no_parent(cli: Cli) -> None:
+    parent = open_cache(cli.folder / "two").digest
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    digest = open_cache(cli.folder / "two").digest
+    (cli.folder / "two" / "manifests" / "readme.txt").write_text("x")
+    (cli.folder / "two" / "CURRENT").unlink()
+    cli("seal", "two")
+    assert open_cache(cli.folder / "two").digest == digest
+    assert open_cache(cli.folder / "two").manifest().parent == parent
+
+
+def test_nobody_seals_a_plan_that_has_grown_meanwhile(cli: Cli) -> None:
+    from ensemble_distill.cache.commits import committed_units, held_plan
+    from ensemble_distill.errors import Mismatch
+    from ensemble_distill.recording.seal import seal
+    from ensemble_distill.store.store import open_store
+
+    store = open_store(cli.folder / "two")
+    plan, digest = held_plan(store), str(store.plan_digest())
+    done = committed_units(store, plan)
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    after = store.current()
+    with pytest.raises(Mismatch, match="its plan has changed meanwhile"):
+        seal(plan, digest, store, done)
+    assert store.current() == after
+
+
+def test_views_that_mix_are_not_appended_to_a_cache_without_partners(cli: Cli) -> None:
+    cli.change("transforms=(ed.Crop(padding=1),)", "mix=ed.Mixup(alpha=0.4)")
+    cli("cache", "digits.py", "--out", "m", "--views", "1")
+    assert "cannot be appended" in cli("append", "digits.py", "--cache", "m", "--views", "2", code=2).stderr

@@ -97,7 +97,7 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
             f"{store.root} was sealed, and CURRENT is gone: what its manifests need looks like garbage",
             hint="seal or repair it first",
         )
-    while current is not None and store.storage.size(f"manifests/{current}.json") is not None:
+    while current is not None:
         manifest = store.manifest(current)
         sealed = store.plan(manifest.plan, Plan)
         yield f"manifests/{current}.json"
@@ -107,3 +107,5 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
             for commit in store.page(page, sealed.page_limit(n)).commits:
                 yield f"objects/{commit.object}"
         current = manifest.parent  # what it was appended to can still be opened; a copy may lack it
+        if current is not None and store.storage.size(f"manifests/{current}.json") is None:
+            return

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
+from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import MEND, Store
 
 KEPT_PAGES = 32
+READERS = 4
 # What a format adds to the rows of a unit: headers, names, a footer, and what it says of each field.
 OVERHEAD, OVERHEAD_FIELD = 1 << 16, 1 << 12
 
@@ -90,11 +94,34 @@ class Commits:
 
 
 def plan_in_force(store: Store) -> tuple[Plan, str]:
-    """The plan of what is sealed, where more is being appended to it; else the one that is captured under."""
+    """The plan of what is sealed, where more is being appended to it; else the one that is captured under.
+
+    A pointer or a manifest that cannot be read is for those to tell who read it.
+    """
     held, digest = held_plan(store), str(store.plan_digest())
-    current = store.current() if held.parents else None
-    sealed = store.manifest(current).plan if current is not None else digest
-    return (store.plan(sealed, Plan), sealed) if sealed in held.parents else (held, digest)
+    with contextlib.suppress(Corrupt, Unsafe):
+        current = store.current() if held.parents else None
+        sealed = store.manifest(current).plan if current is not None else digest
+        if sealed in held.parents:
+            return store.plan(sealed, Plan), sealed
+    return held, digest
+
+
+def check_sealed(store: Store, current: str) -> None:
+    """Corrupt for a committed unit of another content than was sealed: it must not come into a new manifest."""
+    manifest = store.manifest(current)
+    plan = store.plan(manifest.plan, Plan)
+    sealed = Commits(store, plan, manifest)
+
+    def check(number: int) -> None:
+        unit = plan.unit_name(number)
+        if store.is_committed(unit):
+            found, meant = store.commit(unit), sealed.at(number)
+            if (found.content, found.keys) != (meant.content, meant.keys):
+                raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
+
+    for _ in prefetch((partial(check, number) for number in range(plan.units)), READERS):
+        pass
 
 
 def check_plan(commit: Commit, plan: Plan, digest: str, where: str) -> None:

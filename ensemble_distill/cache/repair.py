@@ -144,9 +144,28 @@ def _drop(store: Store, unit: str) -> None:
                 store.storage.remove(f"objects/{name}")
 
 
+def _rolled_back(store: Store) -> str | None:
+    """The digest of the plan that is sealed, where PLAN is lost or names one that this has grown out of."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        current = store.current()
+        sealed = store.manifest(current).plan if current is not None else None
+        if sealed is not None:
+            parents = store.plan(sealed, Plan).parents
+            try:
+                held = store.plan_digest()
+            except Corrupt:
+                held = None
+            return sealed if parents and (held is None or held in parents) else None
+    return None
+
+
 def _mend_pointer(store: Store, mended: Mended) -> None:
     """PLAN, where it is lost or damaged and the only plan there is tells what it said."""
     plans = list(store.storage.list("plans"))
+    if (sealed := _rolled_back(store)) is not None:
+        store.storage.replace("PLAN", f"{sealed}\n".encode())
+        mended.restored.append("PLAN")
+        return
     with contextlib.suppress(Corrupt):
         digest = store.plan_digest()
         if digest is not None and f"plans/{digest}.json" in plans:

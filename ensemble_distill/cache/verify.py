@@ -193,7 +193,16 @@ def _strays(store: Store, plan: Plan) -> Iterator[Damage]:
         try:
             plan.unit_number(unit_of(name))
         except Error as error:
-            yield Damage(f"{store.root}/{name}: {error}", "stray", name=name)
+            kind = "plan" if _of_a_larger_plan(store, name) else "stray"
+            yield Damage(f"{store.root}/{name}: {error}", kind, name=name)
+
+
+def _of_a_larger_plan(store: Store, name: str) -> bool:
+    """Whether a stray is a unit of a plan that has grown out of PLAN's: then it is PLAN that was put back."""
+    with contextlib.suppress(Error):
+        larger = store.plan(store.commit(unit_of(name)).plan, Plan)
+        return store.plan_digest() in larger.parents
+    return False
 
 
 def _own_commits(

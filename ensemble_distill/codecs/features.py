@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.codec import Features
-from ensemble_distill.codecs.domain import check_features
+from ensemble_distill.codecs.domain import check_features, require
 from ensemble_distill.errors import InvalidOutput
 
 LEVELS = 127
@@ -43,6 +43,7 @@ def decode(codec: Features, arrays: Mapping[str, Tensor]) -> Tensor:
     elif codec.values == "bf16":
         features = arrays[""].view(torch.bfloat16).float()
     else:
+        require(arrays["scale"] >= 0, "a scale below zero")
         features = arrays["codes"].float() * spread(codec, arrays["scale"].float())
     check_features(features)
     return features

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from ensemble_distill.cache.plan import MAIN, ROW, Group, Plan, Split
 from ensemble_distill.codec import Dense, Members, RowFigures
-from ensemble_distill.config import difference
+from ensemble_distill.config import difference, explain
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.sources.arrays import Source
@@ -37,7 +39,12 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
         "groups": groups,
         "parents": (*base.parents, digest) if more else base.parents,
     }
-    return Plan.model_validate(fields)
+    try:
+        return Plan.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(
+            f"{where}: this cannot be appended ({explain(error, Plan)})", hint="capture it into another directory"
+        ) from error
 
 
 def _same(base: Plan, wanted: Plan, where: str) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.audit import differs, refuse_other_pixels
+from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
 from ensemble_distill.cache.cache import read, renderings, viewed
+from ensemble_distill.cache.commits import check_sealed
 from ensemble_distill.cache.plan import (
     MAIN,
     MAX_SHARD,
@@ -113,13 +114,32 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
         )
     digest = store.manifest(current).plan
     base = store.plan(digest, Plan)
-    result = with_held_audit(base, grown(base, digest, plan, sources, store.root))
+    check_sealed(store, current)
+    result = _with_renderings(base, grown(base, digest, plan, sources, store.root), store.root)
+    result = with_held_audit(held, result) if held != base else result
     if held not in (base, result):
         raise Mismatch(
             f"{store.root}: something else is being appended to it, and is not complete",
             hint="run `ensemble-distill append` with the pipeline that it was begun with, to its end",
         )
     return result
+
+
+def _with_renderings(base: Plan, plan: Plan, where: str) -> Plan:
+    """The plan with the renderings of ``base`` and those of the views that are appended.
+
+    Mismatch for transforms that do not show the samples as they were when ``base`` was captured.
+    """
+    if not (held := base.capture.audit):
+        return plan
+    new = plan.capture.audit
+    known = {(entry.sample, entry.view) for entry in held}
+    same = comparable(held, new)
+    again = [entry for entry in comparable(new, same) if (entry.sample, entry.view) in known]
+    refuse_other_pixels(same, again, where)
+    more = (*held, *(entry for entry in new if (entry.sample, entry.view) not in known))
+    measured = {"audit": more, "distortions": plan.capture.distortions | base.capture.distortions}
+    return plan.model_copy(update={"capture": plan.capture.model_copy(update=measured)})
 
 
 def as_held(plan: Plan, held: Plan, config: CacheConfig, store: Store) -> Plan:

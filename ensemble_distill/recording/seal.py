@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +14,18 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from ensemble_distill.cache.commits import committed_units, missing
+from ensemble_distill.cache.commits import check_sealed, committed_units, missing
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums
-from ensemble_distill.errors import Corrupt, Mismatch
+from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.leases import at_work
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
 
 READERS = 4
+
+_HEX = re.compile("[0-9a-f]{64}")
 
 
 def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = None) -> str:
@@ -37,6 +41,10 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
 
 def _seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None) -> str:
     parent = store.current()  # first: whatever is sealed from here on may know more than this
+    if store.plan_digest() != plan_digest:
+        raise Mismatch(f"{store.root}: its plan has changed meanwhile", hint="run the same command again")
+    if parent is not None:
+        check_sealed(store, parent)
     done = committed_units(store, plan) if done is None else done
     if not done.all():
         raise Mismatch(
@@ -55,13 +63,12 @@ def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> s
         return None
     names = [current] if current is not None else []  # a repair may have taken it out of force
     names += [name.removeprefix("manifests/").removesuffix(".json") for name in store.storage.list("manifests")]
-    for name in names:
-        manifest = store.manifest(name)
-        if manifest.plan == plan.parents[-1]:
-            return name
-        if manifest.plan == digest and manifest.parent is not None:
-            return manifest.parent
-    return None
+    found = []
+    for name in filter(_HEX.fullmatch, names):
+        with contextlib.suppress(Corrupt, Unsafe):
+            found.append((name, store.manifest(name)))
+    again = [manifest.parent for _, manifest in found if manifest.plan == digest and manifest.parent is not None]
+    return next(iter([*again, *(name for name, manifest in found if manifest.plan == plan.parents[-1])]), None)
 
 
 @dataclass(frozen=True)
