@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Cli, flip
+from conftest import Cli, flip, shard_of
 
 from ensemble_distill import Cache, EnsembleConfig, open_cache
 from ensemble_distill.cache.plan import Split
@@ -362,3 +362,31 @@ def test_views_that_mix_are_not_appended_to_a_cache_without_partners(cli: Cli) -
     cli.change("transforms=(ed.Crop(padding=1),)", "mix=ed.Mixup(alpha=0.4)")
     cli("cache", "digits.py", "--out", "m", "--views", "1")
     assert "cannot be appended" in cli("append", "digits.py", "--cache", "m", "--views", "2", code=2).stderr
+
+
+def test_units_that_are_being_appended_are_verified_and_mended(cli: Cli) -> None:
+    """In the middle of an append: the old manifest is in force, and one new shard and one new commit are damaged."""
+    current = (cli.folder / "two" / "CURRENT").read_text()
+    append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
+    cli(*append)
+    expected = open_cache(cli.folder / "two").content_digest
+    (cli.folder / "two" / "CURRENT").write_text(current)
+    flip(shard_of(cli.folder / "two", "train-v000000-00000001.targets.1"))
+    (cli.folder / "two" / "commits" / "train-v000000-00000002.targets.1.json").write_text("{}")
+    verdict = cli("verify", "two", code=4).stdout
+    assert "train-v000000-00000001.targets.1" in verdict and "train-v000000-00000002.targets.1" in verdict
+    assert open_cache(cli.folder / "two").digest == current.strip()
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    cli("verify", "two", "--deep")
+    assert open_cache(cli.folder / "two").content_digest == expected
+
+
+def test_a_parent_that_is_damaged_is_told_and_left(cli: Cli) -> None:
+    parent = open_cache(cli.folder / "two").digest
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    digest = open_cache(cli.folder / "two").digest
+    flip(cli.folder / "two" / "manifests" / f"{parent}.json")
+    assert parent in cli("verify", "two", code=4).stdout
+    flip(shard_of(cli.folder / "two", "train-v000000-00000001.targets.1"))
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    assert open_cache(cli.folder / "two").content_digest and open_cache(cli.folder / "two").digest != digest

@@ -111,7 +111,11 @@ def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
         if damage.kind == "stray":
             with mended.attempt(mended.removed, damage.name):
                 store.storage.remove(damage.name)
-    rest = [damage for damage in verdict.damaged if damage.kind != "stray"]
+        elif damage.kind == "appended":
+            with mended.attempt(mended.dropped, str(damage.unit)):
+                _drop(store, str(damage.unit))
+    # What a manifest was appended to is no part of it: nobody but a copy can restore it.
+    rest = [damage for damage in verdict.damaged if damage.kind not in ("stray", "appended", "parent")]
     if rest:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")

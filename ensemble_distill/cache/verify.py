@@ -30,9 +30,10 @@ MOST_DAMAGE = 1000
 class Damage:
     """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
 
-    kind: plan, manifest (also CURRENT and pages), keys, commit (gone or wrong), commit copy (it differs from the
-    sealed one), shard, stray (it lies among the commits and is of no unit). name: of a stray, the file. keys: of a page
-    of keys, the SHA-256 that it was committed with.
+    kind: plan, manifest (also CURRENT and pages), parent (of the manifest), keys, commit (gone or wrong), commit copy
+    (it differs from the sealed one), shard, appended (any of a unit that is not sealed yet), stray (it lies among the
+    commits and is of no unit). name: of a stray, the file. keys: of a page of keys, the SHA-256 that it was committed
+    with.
     """
 
     problem: str
@@ -144,6 +145,9 @@ def _checks(
             yield partial(_check, "shard", unit, partial(_object, store, commit, group, item, deep))
     if verdict.sealed and sums.units == plan.units:
         yield partial(_check, "manifest", None, partial(_same_sums, store, verdict.manifest_digest, sums))
+    if verdict.sealed:
+        yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
+    yield from _appended(store, plan, deep)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
     verdict.damaged += _strays(store, held_plan(store))
@@ -221,6 +225,43 @@ def _same_sums(store: Store, digest: str, sums: Sums) -> int:
     if problem := contradiction(manifest, sums.manifest(manifest.plan, manifest.pages, manifest.parent)):
         raise Corrupt(f"{store.root}: {problem}")
     return 0
+
+
+def _parents(store: Store, digest: str) -> int:
+    """The manifests that this one was appended to, as far as they are there (a copy has none), with plans and pages."""
+    size, parent = 0, store.manifest(digest).parent
+    while parent is not None and store.storage.size(f"manifests/{parent}.json") is not None:
+        manifest = store.manifest(parent)
+        plan = store.plan(manifest.plan, Plan)
+        size += sum(len(records.dump(store.page(page, plan.page_limit(n)))) for n, page in enumerate(manifest.pages))
+        parent = manifest.parent
+    return size
+
+
+def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator[Check]:
+    """What is committed beyond the plan that is sealed, where an append is not finished."""
+    held, digest = held_plan(store), str(store.plan_digest())
+    if held.parents == sealed.parents:
+        return
+    for unit in store.committed():
+        with contextlib.suppress(Corrupt):
+            held.unit_number(unit)
+            if not _holds(sealed, unit):
+                yield partial(_check, "appended", unit, partial(_whole, store, held, digest, unit, deep))
+
+
+def _holds(plan: Plan, unit: str) -> bool:
+    with contextlib.suppress(Corrupt):
+        return plan.unit_number(unit) >= 0
+    return False
+
+
+def _whole(store: Store, plan: Plan, digest: str, unit: str, deep: Sequence[DeepCheck]) -> int:
+    """A unit's commit, its page of keys and its shard."""
+    item, group = plan.locate(unit)
+    commit = store.commit(unit)
+    check_plan(commit, plan, digest, store.root)
+    return _keys(store, item, commit.keys) + _object(store, commit, group, item, deep)
 
 
 def _calibration(store: Store, digest: str) -> int:

@@ -43,7 +43,7 @@ def _seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None) -
     parent = store.current()  # first: whatever is sealed from here on may know more than this
     if store.plan_digest() != plan_digest:
         raise Mismatch(f"{store.root}: its plan has changed meanwhile", hint="run the same command again")
-    if parent is not None:
+    if parent is not None and store.storage.size(f"manifests/{parent}.json") is not None:
         check_sealed(store, parent)
     done = committed_units(store, plan) if done is None else done
     if not done.all():
