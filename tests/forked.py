@@ -134,6 +134,8 @@ def keep(asked: dict[str, Any], handles: list[int]) -> None:
 
 
 def main() -> None:
+    # A pipeline that a test edits twice in a second would be taken from what was compiled before.
+    sys.dont_write_bytecode = True
     connection = socket.socket(fileno=int(os.environ[SERVED]))
 
     import ensemble_distill.cli.recording

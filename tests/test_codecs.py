@@ -33,6 +33,7 @@ from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.heads import decode, encode, encode_figures, with_figures
 from ensemble_distill.codecs.packing import from_codes, pack_ids, to_codes, unpack_ids
 from ensemble_distill.errors import UsageError
+from ensemble_distill.losses import soft_targets
 from ensemble_distill.mixture import Mixture, combine
 from ensemble_distill.targets import Said, Targets
 
@@ -479,3 +480,13 @@ def test_a_feature_that_is_not_finite_is_refused(value: float) -> None:
     stored[""][2, 1] = value
     with pytest.raises(BadRow, match="row 2 of a batch: a feature that is not finite"):
         features.decode(codec, stored)
+
+
+@pytest.mark.parametrize("values", [8, 16])
+def test_rows_of_which_nothing_is_left_over_stay_so_at_other_temperatures(values: int) -> None:
+    """Else the rest, which the student cannot have, has a trifle of the mass and the loss is infinite."""
+    what = said(drawn(200, 10))
+    targets = round_trip(TopK(k=10, values=values), what).at(2.0)
+    assert not targets.residual.any()
+    torch.testing.assert_close(targets.logprobs.exp().sum(1), torch.ones(200))
+    assert torch.isfinite(soft_targets(torch.randn(200, 10), round_trip(TopK(k=10, values=values), what), 2.0))

@@ -198,7 +198,8 @@ def test_errors_are_those_of_a_float64_oracle(codec: HeadCodec, classes: int, sc
     if found["kl"] is not None:
         assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6) and found["kl"] >= 0
     assert found["total_variation"] == pytest.approx(expected["total_variation"], rel=1e-4, abs=1e-6)
-    assert found["top1_agreement"] == expected["top1_agreement"]
+    # Kept at 8 or 16 bits two classes may be equal, of which either may come first: one row of twelve.
+    assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"], abs=1 / 12 + 1e-9)
     assert found["gradient_degrees"] == pytest.approx(expected["gradient_degrees"], rel=1e-3, abs=0.01)
 
 

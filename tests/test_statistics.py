@@ -484,6 +484,7 @@ def test_an_audit_finds_targets_of_few_rows_that_were_replaced(cached: Cli) -> N
     rows["main/logprobs"][::2] = np.roll(rows["main/logprobs"][::2], 1, axis=1)
     (cached.folder / "cache/commits" / f"{unit}.json").unlink()
     store.put_unit(commit.plan, unit, rows, plan.format, commit.keys, commit.statistics, commit.provenance)
+    (cached.folder / "cache" / "CURRENT").unlink()  # a seal in force would tell that it is another commit
     cached("seal", "cache")
     cached("verify", "cache", "--deep")
     assert "targets of test" in cached("audit", "digits.py", "--cache", "cache", code=4).stderr
