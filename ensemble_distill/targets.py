@@ -87,11 +87,9 @@ class Targets:
         # Rounding may leave a kept set of all the mass a trifle more than one.
         logprobs = logprobs - torch.logsumexp(logprobs, dim=1, keepdim=True).clamp(min=0)
         residual = -torch.expm1(torch.logsumexp(logprobs, dim=1).clamp(max=0))
-        # Of a row of which nothing is left over the kept classes are all there is, at any temperature.
-        assert self.residual is not None
-        whole = (self.residual == 0) | (self.logprobs.shape[1] >= self.classes > 0)
-        logprobs = torch.where(whole[:, None], torch.log_softmax(self.logprobs / temperature, dim=1), logprobs)
-        residual = residual.masked_fill(whole, 0.0)
+        if self.logprobs.shape[1] >= self.classes > 0:
+            # Nothing can be left over where all classes are kept: a trifle by rounding would make the loss infinite.
+            logprobs, residual = torch.log_softmax(self.logprobs / temperature, dim=1), torch.zeros_like(residual)
         return replace(self, logprobs=logprobs, residual=residual, log_z=None, temperatures=())
 
     def log_z_at(self, temperature: float) -> Tensor:

@@ -483,7 +483,7 @@ def test_a_feature_that_is_not_finite_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("values", [8, 16])
-def test_rows_of_which_nothing_is_left_over_stay_so_at_other_temperatures(values: int) -> None:
+def test_where_all_classes_are_kept_nothing_is_left_over_at_any_temperature(values: int) -> None:
     """Else the rest, which the student cannot have, has a trifle of the mass and the loss is infinite."""
     what = said(drawn(200, 10))
     targets = round_trip(TopK(k=10, values=values), what).at(2.0)
