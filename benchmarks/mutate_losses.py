@@ -353,7 +353,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("a_BTD.shape != b_BTD.shape", "False"),
         ('    same_axes("minilm", s, t, "B, heads, T, T", 0, 2)\n', ""),
     ]),
-    "schedules.py": ("schedules", [
+    "../schedules.py": ("schedules", [
         ("    _checked(progress)\n    return value", "    return value"),
         ("    return start + (end - start) * _checked(progress)\n", "    return end + (start - end) * _checked(progress)\n"),
         ("(1 + math.cos(math.pi * _checked(progress))) / 2", "(1 + math.cos(math.pi * _checked(progress)))"),
@@ -527,7 +527,8 @@ def noticing(items: list[pytest.Item], name: str, old: str, new: str) -> str:
 
 
 def module(name: str) -> ModuleType:
-    return importlib.import_module(f"ensemble_distill.losses.{name.removesuffix('.py')}")
+    home = "ensemble_distill" if name.startswith("../") else "ensemble_distill.losses"
+    return importlib.import_module(f"{home}.{name.removeprefix('../').removesuffix('.py')}")
 
 
 def mutate(module: ModuleType, old: str, new: str) -> None:

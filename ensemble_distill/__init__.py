@@ -19,25 +19,43 @@ if TYPE_CHECKING:
         DataConfig,
         EnsembleConfig,
         Erase,
-        FeatureMatch,
         Flip,
-        HardLabels,
         Member,
         Mixup,
         OptimizerConfig,
         ResizedCrop,
         Rotate,
         ScheduleConfig,
-        SoftTargets,
         Tap,
         TrainConfig,
         ViewsConfig,
     )  # fmt: skip
     from ensemble_distill.ensemble.distributions import LogProbs, TopKLogProbs
     from ensemble_distill.reduction import Attention, AttentionProbs, Random
+    from ensemble_distill.schedules import Ramp, SwitchOff, WarmUp
     from ensemble_distill.sources.arrays import ArraySource
     from ensemble_distill.sources.idx import read_idx
     from ensemble_distill.targets import Targets
+    from ensemble_distill.terms import (
+        AttentionTransfer,
+        Contrastive,
+        CorrelationCongruence,
+        Decoupled,
+        Dist,
+        FactorTransfer,
+        FeatureMatch,
+        HardLabels,
+        HeadAttention,
+        JensenShannon,
+        NeuronSelectivity,
+        ProbabilisticTransfer,
+        Relational,
+        ReverseKL,
+        SimilarityPreserving,
+        SoftTargets,
+        Standardised,
+        VariationalInformation,
+    )
 
 # Names are imported when they are used, so that `import ensemble_distill` does not import torch.
 _HOMES = {
@@ -45,22 +63,32 @@ _HOMES = {
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
         "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "EnsembleConfig", "Erase",
-        "FeatureMatch", "Flip", "HardLabels", "Member", "Mixup", "OptimizerConfig", "ResizedCrop", "Rotate",
-        "ScheduleConfig", "SoftTargets", "Tap", "TrainConfig", "ViewsConfig",
+        "Flip", "Member", "Mixup", "OptimizerConfig", "ResizedCrop", "Rotate",
+        "ScheduleConfig", "Tap", "TrainConfig", "ViewsConfig",
     ),
     "ensemble.distributions": ("LogProbs", "TopKLogProbs"),
     "reduction": ("Attention", "AttentionProbs", "Random"),
     "sources.arrays": ("ArraySource",),
     "sources.idx": ("read_idx",),
+    "schedules": ("Ramp", "SwitchOff", "WarmUp"),
     "targets": ("Targets",),
+    "terms": (
+        "AttentionTransfer", "Contrastive", "CorrelationCongruence", "Decoupled", "Dist", "FactorTransfer",
+        "FeatureMatch", "HardLabels", "HeadAttention", "JensenShannon", "NeuronSelectivity",
+        "ProbabilisticTransfer", "Relational", "ReverseKL", "SimilarityPreserving", "SoftTargets", "Standardised",
+        "VariationalInformation",
+    ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArraySource", "Attention", "AttentionProbs", "Batch", "Cache", "CacheConfig", "ColorJitter", "Crop", "Custom",
-    "CutMix", "DataConfig", "Dense", "EnsembleConfig", "Erase", "FeatureMatch", "Flip", "HardLabels", "LogProbs",
-    "Member", "Members", "Mixup", "OptimizerConfig", "Random", "ResizedCrop", "Rotate", "Sampled", "ScheduleConfig",
-    "SoftTargets", "Tap", "Targets", "TopK", "TopKLogProbs", "TrainConfig", "VarOpt", "ViewsConfig", "open_cache",
+    "ArraySource", "Attention", "AttentionProbs", "AttentionTransfer", "Batch", "Cache", "CacheConfig", "ColorJitter",
+    "Contrastive", "CorrelationCongruence", "Crop", "Custom", "CutMix", "DataConfig", "Decoupled", "Dense", "Dist",
+    "EnsembleConfig", "Erase", "FactorTransfer", "FeatureMatch", "Flip", "HardLabels", "HeadAttention",
+    "JensenShannon", "LogProbs", "Member", "Members", "Mixup", "NeuronSelectivity", "OptimizerConfig",
+    "ProbabilisticTransfer", "Ramp", "Random", "Relational", "ResizedCrop", "ReverseKL", "Rotate", "Sampled",
+    "ScheduleConfig", "SimilarityPreserving", "SoftTargets", "Standardised", "SwitchOff", "Tap", "Targets", "TopK",
+    "TopKLogProbs", "TrainConfig", "VarOpt", "VariationalInformation", "ViewsConfig", "WarmUp", "open_cache",
     "read_idx",
 ]  # fmt: skip
 

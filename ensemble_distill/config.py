@@ -23,7 +23,8 @@ from pydantic import (
 from ensemble_distill.codec import Dense, FeatureValues, HeadCodec, Members, TopK
 from ensemble_distill.errors import UsageError
 from ensemble_distill.frozen import Config
-from ensemble_distill.reduction import ModulePath, Place, Random, Reduction, Take
+from ensemble_distill.reduction import Random, Take
+from ensemble_distill.terms import Term
 
 Precision = Literal["auto", "fp32", "bf16"]
 Format = Literal["hdf5", "parquet"]
@@ -331,69 +332,6 @@ def _distinct(what: str, names: Iterable[str]) -> None:
 # Stage 2 --------------------------------------------------------------------------------------------
 
 
-class SoftTargets(Config):
-    """T² KL(p_T ‖ q_T) to the ensemble's predictions."""
-
-    kind: Literal["soft_targets"] = "soft_targets"
-    weight: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-
-
-class HardLabels(Config):
-    """Cross-entropy with the labels."""
-
-    kind: Literal["hard_labels"] = "hard_labels"
-    weight: float = Field(1.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-
-
-Adapter = Literal["auto", "linear", "conv1x1", "identity"]
-
-
-class FeatureTerm(Config):
-    """What every term on features has: cached taps, and a module of the student.
-
-    ``tap``: one, or several of one shape, which are put together as ``combine`` says: their mean, or their channels
-    side by side. ``reduction``, ``output``, ``input``, ``call``: of the student's module, as in ``Tap``; the reduction
-    is by default that of the (first) tap. ``adapter``: from the student's shape to the cached one; ``auto`` is none
-    where they agree, else ``conv1x1`` for maps and ``linear`` over the last axis.
-    """
-
-    tap: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
-    module: ModulePath
-    combine: Literal["mean", "concat"] = "mean"
-    reduction: Reduction | None = None
-    output: Place | None = None
-    input: Place | None = None
-    call: Place | None = None
-    adapter: Adapter = "auto"
-    weight: float = Field(1.0, ge=0)
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        return (self.tap,) if isinstance(self.tap, str) else self.tap
-
-    def take(self, default: Reduction) -> Take:
-        """What is taken of the student, with the reduction of the cached tap where none is stated."""
-        reduction = self.reduction or default
-        return Take(module=self.module, reduction=reduction, output=self.output, input=self.input, call=self.call)
-
-    @model_validator(mode="after")
-    def _takes(self) -> Self:
-        self.take("pool")
-        return self
-
-
-class FeatureMatch(FeatureTerm):
-    """Pull a student's feature towards a cached tap."""
-
-    kind: Literal["feature"] = "feature"
-    distance: Literal["cosine", "l2"] = "cosine"
-
-
-Term = Annotated[SoftTargets | HardLabels | FeatureMatch, Field(discriminator="kind")]
-
-
 class OptimizerConfig(Config):
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
@@ -437,7 +375,8 @@ class TrainConfig(Config):
     """A student, what it is taught, and for how long.
 
     ``weight``: a function of a batch's ``Targets`` that gives a weight ≥ 0 for each row, float [B]; zero leaves a row
-    out. ``views``: how many of the cached views to walk, one an epoch (None: all).
+    out. ``views``: how many of the cached views to walk, one an epoch (None: all). ``start``: weights to begin with
+    instead of fresh ones: a safetensors file, or the directory of a finished run, of which it is ``last.safetensors``.
     """
 
     student: Callable[[], Any]
@@ -445,6 +384,7 @@ class TrainConfig(Config):
     ensemble: EnsembleConfig = EnsembleConfig()
     weight: Callable[[Any], Any] | None = None
     views: int | None = Field(None, ge=1)
+    start: Path | None = None
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()

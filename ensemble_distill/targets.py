@@ -49,7 +49,8 @@ class Targets:
     ``ids`` (int64 [B, K]); all the others have ``residual`` (probability, [B]) together. ``unbiased``: [B, K], logs of
     the weights of ``ids``, whose expectations are the probabilities; an id may stand twice.
     log_z: [B, G], log Σ p^(1/T) over all classes for the ``temperatures``, where a codec kept it.
-    entropy, mutual_information (nats), label_logprob (NaN without a label): [B].
+    entropy, mutual_information (nats), label_logprob (NaN without a label): [B]. labels: int64 [B], of the source that
+    the batch was read from, or None.
     features: [B, ...] by tap, as ``tap/<member>.<module>``.
     """
 
@@ -64,6 +65,7 @@ class Targets:
     entropy: Tensor | None = None
     mutual_information: Tensor | None = None
     label_logprob: Tensor | None = None
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logprobs)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ensemble_distill import losses
+from ensemble_distill import losses, schedules
 from ensemble_distill.errors import UsageError
-from ensemble_distill.losses import relations, schedules
+from ensemble_distill.losses import relations
 from ensemble_distill.losses.geometry import centred, distances, unit
 from ensemble_distill.losses.standardised import z_score
 from ensemble_distill.losses.tokens import over_tokens

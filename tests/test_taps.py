@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import ensemble_distill as ed
-from ensemble_distill.config import FeatureTerm
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.projection import matrix
 from ensemble_distill.reduction import Random, Take
 from ensemble_distill.reductions import pool, reduce
 from ensemble_distill.taps import Taps
+from ensemble_distill.terms import FeatureTerm
 
 CPU = torch.device("cpu")
 
@@ -469,15 +469,21 @@ def test_a_term_gets_both_features_in_one_shape(captured_taps: Path) -> None:
         student(batch.inputs["image"])
     held = batch.targets.features
     body = student.body(student.stem(batch.inputs["image"].float() / 16).relu())
-    for name in terms:
+
+    def adapted(name: str) -> tuple[Tensor, Tensor]:
         mine, cached = pairs.pair(name, features, batch.targets)
+        learned = pairs.learned(name)
+        return (mine if learned is None else learned(mine)), cached
+
+    for name in terms:
+        mine, cached = adapted(name)
         assert mine.shape == cached.shape and mine.requires_grad and mine.dtype == cached.dtype == torch.float32
-    mine, cached = pairs.pair("mean", features, batch.targets)
+    mine, cached = adapted("mean")
     torch.testing.assert_close(cached, (held["tap/c.body"] + held["tap/c.twice"]) / 2)
     torch.testing.assert_close(mine, pairs.adapters["mean"](pool(body)))
     _, cached = pairs.pair("both", features, batch.targets)
     torch.testing.assert_close(cached, torch.cat([held["tap/c.body"], held["tap/c.twice"]], 1))
-    mine, cached = pairs.pair("map", features, batch.targets)
+    mine, cached = adapted("map")
     torch.testing.assert_close(mine, body.square().sum(1))  # reduced as the cached tap was
     assert "map" not in pairs.adapters and torch.equal(cached, held["tap/c.map"])
 

@@ -256,7 +256,7 @@ class Cache:
                 return group
         raise UsageError(
             f"{self.root} holds no {tap!r}{suggestion(tap, self.taps)}",
-            hint="add the tap to the pipeline's cache() and capture again",
+            hint=f"add the tap to the pipeline's cache(), then `ensemble-distill append PIPELINE --cache {self.root}`",
         )
 
     def loader(
@@ -351,7 +351,7 @@ class Cache:
     def _batch(self, source: Source, index: np.ndarray, split: str, view: int, taps: tuple[str, ...]) -> Batch:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
-        targets = self.targets_at(rows, view, split=split, taps=taps)
+        targets = replace(self.targets_at(rows, view, split=split, taps=taps), labels=labels)
         inputs = render_inputs(inputs, keys, self._views, view)
         inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
         if partners is not None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ensemble_distill.config import Member
-from ensemble_distill.errors import Mismatch, Unsafe, UsageError
+from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def load_member(member: Member) -> Loaded:
         _check_callable(member, module)
         return Loaded(member, module, None, None)
     if member.weights is not None:
-        _load_weights(module, member.name, member.weights)
+        load_weights(f"member {member.name!r}", module, member.weights, "build()")
     module.eval().requires_grad_(False)
     return Loaded(member, module, state_digest(module), structure_digest(module))
 
@@ -83,29 +81,3 @@ def state_digest(module: nn.Module) -> str:
         h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
-
-
-def _load_weights(module: nn.Module, name: str, path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"member {name!r}: {path}: no such file")
-    if path.suffix != ".safetensors":
-        raise Unsafe(
-            f"member {name!r}: {path} is no safetensors file, and loading a pickle can run its author's code",
-            hint="convert it where you trust it: safetensors.torch.save_file("
-            f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')",
-        )
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise Mismatch(
-            f"member {name!r}: {path} is no safetensors file: {error}",
-            hint="restore the file, or save the weights again",
-        ) from error
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
-        raise Mismatch(
-            f"member {name!r}: {path} does not fit the module that build() made: {detail}",
-            hint="build() must make the module that these weights were saved from",
-        ) from error

@@ -1,17 +1,21 @@
-"""Adapters: learned maps from a student's feature to the shape of a cached one (Romero et al. 2015, section 2.2).
+"""What terms learn: maps from a student's feature to the shape of a cached one (Romero et al. 2015, section 2.2), and
+the Gaussians and projections of two losses.
 
 They train with the student, are saved apart from it, and no exported student needs them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ensemble_distill.config import Adapter
+from ensemble_distill import terms
 from ensemble_distill.errors import UsageError
+from ensemble_distill.losses import Gaussian, Projection
+from ensemble_distill.terms import Adapter
 
 Shape = Sequence[int]
 
@@ -25,6 +29,42 @@ class Conv1x1(nn.Conv2d):
 
     def __init__(self, channels: int, wanted: int) -> None:
         super().__init__(channels, wanted, kernel_size=1)
+
+
+class Projections(nn.Module):
+    """Both g of CRD: features [B, ...] of student and teacher to unit vectors [B, size]. ``samples``: M of its h."""
+
+    def __init__(self, student: int, teacher: int, size: int, samples: int) -> None:
+        super().__init__()
+        self.student, self.teacher, self.samples = Projection(student, size), Projection(teacher, size), samples
+
+    def forward(self, student_BD: Tensor, teacher_BE: Tensor) -> tuple[Tensor, Tensor]:
+        return self.student(student_BD), self.teacher(teacher_BE)
+
+
+def learn(who: str, term: terms.FeatureTerm, student: Shape, teacher: Shape, samples: int) -> nn.Module | None:
+    """The module that a term learns for features [B, *student] and [B, *teacher]; None where it learns nothing.
+
+    ``samples``: rows of the training set. UsageError, in the name of ``who``, where the shapes do not fit the term.
+    """
+    match term:
+        case terms.Adapted():
+            return make_adapter(who, term.adapter, student, teacher)
+        case terms.VariationalInformation():
+            return _gaussian(who, list(student), list(teacher), term.initial)
+        case terms.Contrastive():
+            return Projections(math.prod(student), math.prod(teacher), term.size, term.samples or samples)
+    return None
+
+
+def _gaussian(who: str, student: list[int], teacher: list[int], initial: float) -> Gaussian:
+    if len(student) != len(teacher) or len(student) not in (1, 3) or student[1:] != teacher[1:]:
+        raise UsageError(
+            f"{who}: the student's feature has shape {student}, the cached one {teacher}; expected vectors [C], "
+            "or maps [C, H, W] of equal height and width",
+            hint="choose another module, or reduction=pool of both",
+        )
+    return Gaussian(student[0], teacher[0], positions=len(student) == 3, initial=initial)
 
 
 def make_adapter(who: str, kind: Adapter, student: Shape, teacher: Shape) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Features of terms: what each asks for of cache and student, adapted to each other."""
+"""Features of terms: what each asks for of cache and student, and what it learns to compare them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.config import FeatureTerm
 from ensemble_distill.reduction import Take
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.taps import Taps
 from ensemble_distill.targets import Targets
-from ensemble_distill.training.adapters import make_adapter, shape_together, together
+from ensemble_distill.terms import FeatureTerm
+from ensemble_distill.training.adapters import learn, shape_together, together
 
 
 class FeaturePairs(nn.Module):
-    """For each term on features, the student's and the cached one: float32 [B, ...] of one shape.
+    """For each term on features, the student's and the cached one: float32 [B, ...].
 
-    taps: all that are to be read of the cache. adapters: by term, where it needs one; once ``build`` was called.
+    taps: all that are to be read of the cache. adapters: by term, where it learns one; once ``build`` was called.
     """
 
     def __init__(self, terms: Mapping[str, FeatureTerm], student: nn.Module, cache: Cache) -> None:
@@ -30,6 +30,7 @@ class FeaturePairs(nn.Module):
         self.codecs = {name: [cache.tap_codec(tap) for tap in term.taps] for name, term in terms.items()}
         self.taps = tuple(dict.fromkeys(tap for term in terms.values() for tap in term.taps))
         self._student = Taps(student, {name: self._take(name) for name in self.terms}, "the student")
+        self._samples = cache.plan.splits["train"].rows
         self.adapters = nn.ModuleDict()
         self._shapes: dict[str, list[int]] = {}
         for name, (codec, *others) in self.codecs.items():
@@ -52,7 +53,7 @@ class FeaturePairs(nn.Module):
         student.train(was_training)
         for name, term in self.terms.items():
             shape = features[name].shape[1:]
-            adapter = make_adapter(f"objective.{name}", term.adapter, shape, self._shapes[name])
+            adapter = learn(f"objective.{name}", term, shape, self._shapes[name], self._samples)
             if adapter is not None:
                 self.adapters[name] = adapter.to(device)
 
@@ -63,9 +64,10 @@ class FeaturePairs(nn.Module):
             yield features
 
     def pair(self, name: str, features: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """The student's feature and the cached one of a term, float32 [B, ...] of one shape."""
-        feature, codec = features[name], self.codecs[name][0]
-        if name in self.adapters:
-            feature = self.adapters[name](feature)
+        """The student's feature and the cached one of a term, float32 [B, ...], not adapted."""
         cached = [targets.features[tap] for tap in self.terms[name].taps]
-        return feature, together(cached, self.terms[name].combine, codec.axis)
+        return features[name], together(cached, self.terms[name].combine, self.codecs[name][0].axis)
+
+    def learned(self, name: str) -> nn.Module | None:
+        """What a term learns; None if nothing."""
+        return dict(self.adapters.items()).get(name)

@@ -2,84 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.config import FeatureTerm, HardLabels, SoftTargets, Term, TrainConfig
+from ensemble_distill.config import TrainConfig
 from ensemble_distill.device import Resolved
-from ensemble_distill.errors import UsageError
-from ensemble_distill.losses import feature_cosine, feature_l2, hard_labels, mixed_labels, soft_targets
+from ensemble_distill.errors import Error, UsageError
+from ensemble_distill.schedules import at, ends
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.targets import Targets
+from ensemble_distill.terms import AnyTerm, Decoupled, FeatureTerm, SoftTargets, Tempered
 from ensemble_distill.training.features import FeaturePairs
+from ensemble_distill.training.terms import of_features, of_logits
 
 log = logging.getLogger(__name__)
 
-_DISTANCES = {"cosine": feature_cosine, "l2": feature_l2}
+
+def combine(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Σ weight · loss, a scalar."""
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
 class Objective(nn.Module):
-    """Terms by name; owns the adapters that they learn, which train with the student and stay out of it."""
+    """Terms by name; owns what they learn, which trains with the student and stays out of it."""
 
     def __init__(self, config: TrainConfig, student: nn.Module, cache: Cache, has_labels: bool) -> None:
+        """UsageError for terms without labels, taps or modules that they need."""
         super().__init__()
-        self.terms = {name: term for name, term in config.objective.items() if term.weight > 0}
+        self.terms: dict[str, AnyTerm] = {n: term for n, term in config.objective.items() if ends(term.weight)[1] > 0}
         self.weight = config.weight
         if not self.terms:
             raise UsageError("the objective has no term of positive weight")
         for name, term in self.terms.items():
-            if isinstance(term, HardLabels) and not has_labels:
+            if term.needs_labels and not has_labels:
                 raise UsageError(f"objective.{name} needs labels, but the source has none")
-        matches = {n: t for n, t in self.terms.items() if isinstance(t, FeatureTerm)}
-        self.features = FeaturePairs(matches, student, cache)
+            if isinstance(term, Decoupled) and cache.plan.reading.views.mix is not None:
+                raise UsageError(f"objective.{name} needs one label a row, and these views mix samples")
+        self.features = FeaturePairs(
+            {n: t for n, t in self.terms.items() if isinstance(t, FeatureTerm)}, student, cache
+        )
         self.taps, self.adapters = self.features.taps, self.features.adapters
 
-    def check(self, targets: Targets) -> None:
-        """Refuse what these targets cannot give (UsageError), before anything is written or trained."""
+    # Before the first step --------------------------------------------------------------------------
+
+    def check(self, targets: Targets, rows: int, batch_size: int) -> None:
+        """Refuse what these targets and batches cannot give (UsageError), before anything is written or trained."""
+        least = rows % batch_size or min(rows, batch_size)
         for name, term in self.terms.items():
-            if isinstance(term, SoftTargets):
-                _warn_of_rest(name, term.temperature, targets.at(term.temperature))
+            if isinstance(term, Tempered):
+                for temperature in set(ends(term.temperature)):
+                    tempered = targets.at(temperature)
+                    if isinstance(term, SoftTargets):
+                        _warn_of_rest(name, temperature, tempered)
+            if least < term.least_rows:
+                raise UsageError(
+                    f"objective.{name} compares at least {term.least_rows} rows, and of {rows} rows in batches of "
+                    f"{batch_size} the last has {least}",
+                    hint="choose another batch_size",
+                )
         if self.weight is not None:
-            row_weights(self.weight(targets), targets)
+            row_weights(self.weight, targets, "weight()")
+            for name in (n for n, term in self.terms.items() if term.compares_rows):
+                log.warning("objective.%s compares rows with each other: weight() does not act on it", name)
 
     def build_adapters(self, student: nn.Module, batch: Batch, device: torch.device) -> None:
-        """A learned map student → teacher for each feature term whose shapes differ. Call once, before step 1."""
-        self.features.build(student, batch, device)
+        """What the terms learn, from the shapes of a first batch; and each loss once. Call it before step 1.
+
+        UsageError for what does not fit, with the name of the term.
+        """
+        was_training = student.training
+        student.eval()  # a pass in training mode would move the batch statistics
+        try:
+            with torch.no_grad():
+                self.features.build(student, batch, device)
+                self(student, batch, device, "fp32")
+        finally:
+            student.train(was_training)
+
+    # A step -----------------------------------------------------------------------------------------
 
     def forward(
-        self, student: nn.Module, batch: Batch, device: torch.device, precision: Resolved
+        self, student: nn.Module, batch: Batch, device: torch.device, precision: Resolved, progress: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own value (detached, unweighted), for one batch."""
+        """The weighted sum, and each term's own value (detached, unweighted), for one batch.
+
+        ``progress``: the part of the training that is over, from 0 to 1; weights and temperatures may change with it.
+        """
         with self.features.watch() as features:
             logits = logits_of(student, batch.inputs, device, precision)
         targets = batch.targets.to(device)
-        weights = None if self.weight is None else row_weights(self.weight(targets), targets)
-        parts = {
-            name: self._term(name, term, logits, features, targets, batch, weights) for name, term in self.terms.items()
-        }
-        total = torch.stack([self.terms[name].weight * value for name, value in parts.items()]).sum()
+        shared = None if self.weight is None else row_weights(self.weight, targets, "weight()")
+        parts = {}
+        for name, term in self.terms.items():
+            with _named(name):
+                weights = _own_weights(term, targets, shared)
+                if isinstance(term, FeatureTerm):
+                    pair = self.features.pair(name, features, targets)
+                    parts[name] = of_features(term, self.features.learned(name), *pair, weights)
+                else:
+                    parts[name] = of_logits(term, logits, targets, batch, weights, progress)
+        total = combine(parts, {name: at(term.weight, progress) for name, term in self.terms.items()})
         return total, {name: value.detach() for name, value in parts.items()}
 
-    def _term(
-        self,
-        name: str,
-        term: Term,
-        logits: Tensor,
-        features: Mapping[str, Tensor],
-        targets: Targets,
-        batch: Batch,
-        weights: Tensor | None,
-    ) -> Tensor:
-        if isinstance(term, SoftTargets):
-            return soft_targets(logits, targets, term.temperature, weights)
-        if isinstance(term, HardLabels):
-            return _labels(logits, batch, term.label_smoothing, weights)
-        feature, cached = self.features.pair(name, features, targets)
-        return _DISTANCES[term.distance](feature.flatten(1), cached.flatten(1), weights)
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What a loss refuses, in the name of its term."""
+    try:
+        yield
+    except Error as error:
+        if not str(error).startswith("objective."):
+            error.args = (f"objective.{name}: {error}", *error.args[1:])
+        raise
+
+
+def _own_weights(term: AnyTerm, targets: Targets, shared: Tensor | None) -> Tensor | None:
+    """The weights of rows for a term: its own times those of all terms."""
+    if term.rows is None:
+        return shared
+    own = row_weights(term.rows, targets, "rows()")
+    return own if shared is None else own * shared
 
 
 def _warn_of_rest(name: str, temperature: float, tempered: Targets) -> None:
@@ -92,25 +140,15 @@ def _warn_of_rest(name: str, temperature: float, tempered: Targets) -> None:
         )  # fmt: skip
 
 
-def row_weights(weights: object, targets: Targets) -> Tensor:
-    """What a pipeline's ``weight`` gave for a batch, as float32 [B]; UsageError unless these are weights."""
+def row_weights(function: Callable[[Targets], Any], targets: Targets, who: str) -> Tensor:
+    """What a pipeline's function gives for a batch, as float32 [B]; UsageError unless these are weights."""
+    weights = function(targets)
     if not isinstance(weights, Tensor) or weights.shape != (len(targets),):
         found = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise UsageError(f"weight() gave {found}, expected a tensor [{len(targets)}], one for each row")
+        raise UsageError(f"{who} gave {found}, expected a tensor [{len(targets)}], one for each row")
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise UsageError(
-            f"weight() gave {float(weights[~(weights.isfinite() & (weights >= 0))][0])} for a row, expected 0 or more",
+            f"{who} gave {float(weights[~(weights.isfinite() & (weights >= 0))][0])} for a row, expected 0 or more",
             hint="clamp it, and mind that a row without a label has label_logprob NaN",
         )
     return weights.detach().float()
-
-
-def _labels(logits: Tensor, batch: Batch, label_smoothing: float, weights: Tensor | None) -> Tensor:
-    """Cross-entropy with the labels of a batch; where its samples are mixed, with both labels by their shares."""
-    assert batch.labels is not None
-    labels, partners = batch.labels.to(logits.device), batch.partners
-    if partners is None:
-        return hard_labels(logits, labels, label_smoothing, weights)
-    assert partners.labels is not None
-    others, lam = partners.labels.to(logits.device), partners.lam.to(logits.device)
-    return mixed_labels(logits, labels, others, lam, label_smoothing, weights)

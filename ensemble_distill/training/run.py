@@ -40,6 +40,7 @@ from ensemble_distill.training import checkpoint
 from ensemble_distill.training.checkpoint import State
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
+from ensemble_distill.weights import load_weights
 
 EVALUATION_BATCH = 512
 WEIGHTS = 1 << 40
@@ -165,7 +166,8 @@ class Run:
         """One optimiser step; the loss and its terms, float64 [1 + terms], left on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.state["step"])
-        loss, parts = self.objective(self.student, batch, self.device, self.precision)
+        progress = self.state["step"] / max(1, self.steps - 1)
+        loss, parts = self.objective(self.student, batch, self.device, self.precision, progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.clip is not None:
@@ -267,13 +269,23 @@ class Run:
         student = self.config.student()
         if not isinstance(student, nn.Module):
             raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
+        if self.config.start is not None:
+            load_weights("start", student, self._start_file(self.config.start), "student()")
         self.student = place(student, self.device)
+
+    @staticmethod
+    def _start_file(start: Path) -> Path:
+        """The weights that a run begins with: of another run those after its last step, whichever did best."""
+        file = start / "last.safetensors"
+        if start.is_dir() and not file.exists():
+            raise UsageError(f"start: {start} holds no last.safetensors", hint="train that run to its end first")
+        return file if start.is_dir() else start
 
     def _build(self) -> None:
         has_labels = self.sources["train"].labels is not None
         self.objective = Objective(self.config, self.student, self.cache, has_labels)
         first = next(iter(self._batches("train")))  # also proves the first batch's keys before step 1
-        self.objective.check(first.targets)
+        self.objective.check(first.targets, self.rows, self.config.batch_size)
         self.objective.build_adapters(self.student, first, self.device)
         self.precision: Resolved = self._resolve_precision(first)
         self.optimizer = make_optimizer(self.config.optimizer, self._parameters())
@@ -308,6 +320,8 @@ class Run:
             "rows": {name: len(source) for name, source in sorted(self.sources.items())},
             "cache_content": self.cache.content_digest,
         }
+        if self.config.start is not None:
+            wanted["start"] = sha256(self._start_file(self.config.start).read_bytes())
         root = self.storage.path
         if root.exists() and not root.is_dir():
             raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
