@@ -248,15 +248,14 @@ class ProbabilisticTransfer(FeatureTerm):
 
 
 class Contrastive(FeatureTerm):
-    """CRD with the other rows of the batch as negatives; both projections to ``size`` values are learned.
+    """CRD within the batch, whose other rows are the negatives; both projections to ``size`` values are learned.
 
-    ``temperature``: τ of the critic. ``samples``: M of its h, by default the rows of the training set.
+    ``temperature``: τ of the critic.
     """
 
     kind: Literal["contrastive"] = "contrastive"
     size: int = Field(128, ge=1, le=1 << 14)
     temperature: float = Field(0.1, gt=0)
-    samples: int | None = Field(None, ge=1)
 
     @property
     def least_rows(self) -> int:

@@ -38,7 +38,7 @@ def rkd_angle(student_BD: Tensor, teacher_BE: Tensor, chunk: int = 16) -> Tensor
     if chunk < 1:
         raise UsageError(f"chunk={chunk}: expected 1 or more")
     b = len(student_BD)
-    student, teacher = precise(student_BD), precise(teacher_BE)
+    student, teacher = narrowed(precise(student_BD)), narrowed(precise(teacher_BE))
     total = student.new_zeros(())
     for first in range(0, b, chunk):
         part: Tensor = checkpoint(
@@ -46,6 +46,16 @@ def rkd_angle(student_BD: Tensor, teacher_BE: Tensor, chunk: int = 16) -> Tensor
         )
         total = total + part
     return total / (b * (b - 1) * (b - 2))
+
+
+def narrowed(x_BD: Tensor) -> Tensor:
+    """Rows [B, min(B, D)] with the same differences but for a rotation: R of x − mean = R Q, where D is above B.
+
+    Of what needs no gradient; anything else is given back as it is.
+    """
+    if x_BD.shape[1] <= len(x_BD) or x_BD.requires_grad:
+        return x_BD
+    return torch.linalg.qr((x_BD - x_BD.mean(dim=0)).T, mode="r").R.T
 
 
 def _relative(x: Tensor) -> Tensor:

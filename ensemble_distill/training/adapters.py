@@ -32,20 +32,20 @@ class Conv1x1(nn.Conv2d):
 
 
 class Projections(nn.Module):
-    """Both g of CRD: features [B, ...] of student and teacher to unit vectors [B, size]. ``samples``: M of its h."""
+    """Both g of CRD: features [B, width] of student and teacher to unit vectors [B, size]."""
 
-    def __init__(self, student: int, teacher: int, size: int, samples: int) -> None:
+    def __init__(self, student: int, teacher: int, size: int) -> None:
         super().__init__()
-        self.student, self.teacher, self.samples = Projection(student, size), Projection(teacher, size), samples
+        self.student, self.teacher = Projection(student, size), Projection(teacher, size)
 
     def forward(self, student_BD: Tensor, teacher_BE: Tensor) -> tuple[Tensor, Tensor]:
         return self.student(student_BD), self.teacher(teacher_BE)
 
 
-def learn(who: str, term: terms.FeatureTerm, student: Shape, teacher: Shape, samples: int) -> nn.Module | None:
+def learn(who: str, term: terms.FeatureTerm, student: Shape, teacher: Shape) -> nn.Module | None:
     """The module that a term learns for features [B, *student] and [B, *teacher]; None where it learns nothing.
 
-    ``samples``: rows of the training set. UsageError, in the name of ``who``, where the shapes do not fit the term.
+    UsageError, in the name of ``who``, where the shapes do not fit the term.
     """
     match term:
         case terms.Adapted():
@@ -53,7 +53,7 @@ def learn(who: str, term: terms.FeatureTerm, student: Shape, teacher: Shape, sam
         case terms.VariationalInformation():
             return _gaussian(who, list(student), list(teacher), term.initial)
         case terms.Contrastive():
-            return Projections(math.prod(student), math.prod(teacher), term.size, term.samples or samples)
+            return Projections(math.prod(student), math.prod(teacher), term.size)
     return None
 
 

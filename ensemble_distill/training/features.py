@@ -30,7 +30,6 @@ class FeaturePairs(nn.Module):
         self.codecs = {name: [cache.tap_codec(tap) for tap in term.taps] for name, term in terms.items()}
         self.taps = tuple(dict.fromkeys(tap for term in terms.values() for tap in term.taps))
         self._student = Taps(student, {name: self._take(name) for name in self.terms}, "the student")
-        self._samples = cache.plan.splits["train"].rows
         self.adapters = nn.ModuleDict()
         self._shapes: dict[str, list[int]] = {}
         for name, (codec, *others) in self.codecs.items():
@@ -53,7 +52,7 @@ class FeaturePairs(nn.Module):
         student.train(was_training)
         for name, term in self.terms.items():
             shape = features[name].shape[1:]
-            adapter = learn(f"objective.{name}", term, shape, self._shapes[name], self._samples)
+            adapter = learn(f"objective.{name}", term, shape, self._shapes[name])
             if adapter is not None:
                 self.adapters[name] = adapter.to(device)
 

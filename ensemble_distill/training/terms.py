@@ -109,7 +109,7 @@ def _contrastive(
     student, bank = learned(student_BD, cached_BE)
     own = torch.arange(len(bank), device=bank.device)
     others = (own[:, None] + torch.arange(1, len(bank), device=bank.device)) % len(bank)
-    return losses.crd(student, bank, own, others, learned.samples, term.temperature, weights)
+    return losses.crd(student, bank, own, others, temperature=term.temperature, weights=weights)
 
 
 def _map(feature: Tensor, p: float) -> Tensor:
