@@ -427,8 +427,9 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
     try:
         return type(node)(**children)
     except ValidationError as error:
-        problem = explain(error, type(node)).partition(": ")[2]  # the field's name stands in the option
-        raise UsageError(f"--set {whole}: {problem}") from error
+        field, _, problem = explain(error, type(node)).partition(": ")
+        inner = field.removeprefix(name).strip(".")  # the field's own name stands in the option
+        raise UsageError(f"--set {whole}: {inner + ': ' if inner else ''}{problem}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ensemble_distill.errors import UsageError
 from ensemble_distill.frozen import Config
@@ -94,7 +94,24 @@ class SwitchOff(Config):
         return 0.0, self.value
 
 
-Schedule = Annotated[Ramp | WarmUp | SwitchOff, Field(discriminator="kind")]
+def _kind(value: Any) -> str | None:
+    if isinstance(value, (int, float)):
+        return "number"
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+Scheduled = Annotated[
+    Annotated[float, Tag("number")]
+    | Annotated[Ramp, Tag("ramp")]
+    | Annotated[WarmUp, Tag("warm_up")]
+    | Annotated[SwitchOff, Tag("switch_off")],
+    Discriminator(
+        _kind,
+        custom_error_type="scheduled",
+        custom_error_message="expected a number, or a schedule of kind ramp, warm_up or switch_off",
+    ),
+]
 
 
 def at(value: float | Ramp | WarmUp | SwitchOff, progress: float) -> float:

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ensemble_distill.frozen import Config
 from ensemble_distill.reduction import ModulePath, Place, Reduction, Take
-from ensemble_distill.schedules import Ramp, Schedule
+from ensemble_distill.schedules import Scheduled, ends
 
-Weight = Annotated[float, Field(ge=0)] | Schedule
-Temperature = Annotated[float, Field(gt=0)] | Ramp
+
+def _from_zero(weight: Scheduled) -> Scheduled:
+    if ends(weight)[0] < 0:
+        raise ValueError("expected a weight of 0 or more")
+    return weight
+
+
+def _above_zero(temperature: Scheduled) -> Scheduled:
+    if ends(temperature)[0] <= 0:
+        raise ValueError("expected a temperature above 0, at every point of the training")
+    return temperature
+
+
+Weight = Annotated[Scheduled, AfterValidator(_from_zero)]
+Temperature = Annotated[Scheduled, AfterValidator(_above_zero)]
 Adapter = Literal["auto", "linear", "conv1x1", "identity"]
 
 
@@ -56,12 +69,6 @@ class Tempered(AnyTerm):
     """A term on predictions at a temperature T, constant or annealed; its loss is multiplied by T²."""
 
     temperature: Temperature = 1.0
-
-    @model_validator(mode="after")
-    def _never_zero(self) -> Self:
-        if isinstance(self.temperature, Ramp) and self.temperature.ends[0] <= 0:
-            raise ValueError("a temperature has to stay above 0, also at the ends of its ramp")
-        return self
 
 
 class SoftTargets(Tempered):

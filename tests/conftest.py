@@ -107,3 +107,18 @@ def cli(teachers: Path, tmp_path: Path) -> Cli:
 def cached(captured: Path, tmp_path: Path) -> Cli:
     """The command line in a fresh folder with pipeline, teachers and a finished cache."""
     return Cli(shutil.copytree(captured, tmp_path / "work"))
+
+
+@pytest.fixture(scope="session")
+def captured_taps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tapped") / "work"
+    folder.mkdir()
+    shutil.copy(HERE / "pipelines" / "tapped.py", folder)
+    for format in ("hdf5", "parquet"):
+        Cli(folder)("cache", "tapped.py", "--out", format, "--format", format)
+    return folder
+
+
+@pytest.fixture
+def tapped(captured_taps: Path, tmp_path: Path) -> Cli:
+    return Cli(shutil.copytree(captured_taps, tmp_path / "work"))

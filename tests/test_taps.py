@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import HERE, Cli, load_module
+from conftest import Cli, load_module
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -253,21 +252,6 @@ def test_taps_find_modules_in_what_wraps_them() -> None:
 
 
 # Capture --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def captured_taps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tapped") / "work"
-    folder.mkdir()
-    shutil.copy(HERE / "pipelines" / "tapped.py", folder)
-    for format in ("hdf5", "parquet"):
-        Cli(folder)("cache", "tapped.py", "--out", format, "--format", format)
-    return folder
-
-
-@pytest.fixture
-def tapped(captured_taps: Path, tmp_path: Path) -> Cli:
-    return Cli(shutil.copytree(captured_taps, tmp_path / "work"))
 
 
 def expected(pipeline: ModuleType, image: Tensor) -> dict[str, Tensor]:

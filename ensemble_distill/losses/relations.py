@@ -55,7 +55,8 @@ def narrowed(x_BD: Tensor) -> Tensor:
     """
     if x_BD.shape[1] <= len(x_BD) or x_BD.requires_grad:
         return x_BD
-    return torch.linalg.qr((x_BD - x_BD.mean(dim=0)).T, mode="r").R.T
+    r: Tensor = torch.linalg.qr((x_BD - x_BD.mean(dim=0)).T, mode="r").R
+    return r.T
 
 
 def _relative(x: Tensor) -> Tensor:

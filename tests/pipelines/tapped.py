@@ -117,6 +117,44 @@ def train():
     )
 
 
+def every():
+    """Every kind of term that a convolutional student can have."""
+    pool = {"tap": ("tap/c.body", "tap/v.norm"), "combine": "concat", "module": "body"}
+    maps = {"tap": "tap/c.body8", "module": "body"}
+    return config(
+        lambda: Conv(2),
+        hard=ed.HardLabels(weight=0.3),
+        reverse=ed.ReverseKL(temperature=2),
+        js=ed.JensenShannon(weight=ed.SwitchOff(value=1, after=0.5)),
+        decoupled=ed.Decoupled(),
+        dist=ed.Dist(),
+        standardised=ed.Standardised(temperature=ed.Ramp(start=4, end=1)),
+        hint=ed.FeatureMatch(**maps, distance=huber),
+        factor=ed.FactorTransfer(**maps),
+        attention=ed.AttentionTransfer(tap="tap/c.map", module="body", weight=ed.WarmUp(value=10, until=0.5)),
+        activations=ed.AttentionTransfer(**maps),
+        patterns=ed.NeuronSelectivity(**maps),
+        gaussian=ed.VariationalInformation(**maps, weight=0.01),
+        relations=ed.Relational(**pool),
+        similarity=ed.SimilarityPreserving(**pool),
+        congruence=ed.CorrelationCongruence(**pool),
+        neighbours=ed.ProbabilisticTransfer(**pool),
+        contrast=ed.Contrastive(**pool, size=5),
+    )
+
+
+def huber(student, cached, weights):
+    return torch.nn.functional.huber_loss(student, cached)
+
+
+def looks():
+    return config(
+        lambda: ViT(4),
+        heads=ed.HeadAttention(tap="tap/v.heads", module="attention", output=1),
+        mean=ed.HeadAttention(tap="tap/v.mean", module="attention", output=1, divergence="mse"),
+    )
+
+
 def small():
     def match(tap, module, **fields):
         return ed.FeatureMatch(tap=tap, module=module, **fields)
