@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (a mutation stands on its line)
-"""Each term of each loss changed in turn: which change does no test notice?
+"""Each term of each loss changed in turn, and what terms hand to them: which change does no test notice?
 
     python benchmarks/mutate_losses.py --write docs/loss-mutations.md
 
@@ -34,7 +34,7 @@ import torch
 from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_objectives.py", "test_objective_cases.py", "test_losses.py")
+TESTS = ("test_objectives.py", "test_objective_cases.py", "test_losses.py", "test_terms.py")
 SECONDS = 300
 
 # By file: a pattern of the names of the tests to begin with, and the mutations.
@@ -116,7 +116,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("[:, None, None, :]", "[:, None, :, None]"),
         ("    if mask_BT.shape != (rows, tokens):\n", "    if False:\n"),
     ]),
-    "relations.py": ("rkd|angle|beyond", [
+    "relations.py": ("rkd|angle|beyond|wide", [
+        (" or x_BD.requires_grad:", ":"),
+        ("(x_BD - x_BD.mean(dim=0)).T", "x_BD[:, : len(x_BD)].T"),
+        ('mode="r").R\n    return r.T', 'mode="r").R\n    return r'),
         ('F.huber_loss(_relative(precise(student_BD)), _relative(precise(teacher_BE)), reduction="sum")',
          '0.5 * F.mse_loss(_relative(precise(student_BD)), _relative(precise(teacher_BE)), reduction="sum")'),
         ('_relative(precise(teacher_BE)), reduction="sum")', '_relative(precise(teacher_BE)), reduction="sum", delta=2.0)'),
@@ -353,6 +356,43 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("a_BTD.shape != b_BTD.shape", "False"),
         ('    same_axes("minilm", s, t, "B, heads, T, T", 0, 2)\n', ""),
     ]),
+    "../training/terms.py": ("test_terms.py", [
+        ("losses.hard_labels(logits, labels, term.label_smoothing, weights)", "losses.hard_labels(logits, labels, 0, weights)"),
+        ("losses.hard_labels(logits, labels, term.label_smoothing, weights)", "losses.hard_labels(logits, labels, term.label_smoothing)"),
+        ("losses.soft_targets(logits, targets, temperature, weights)", "losses.soft_targets(logits, targets, 1.0, weights)"),
+        ("losses.soft_targets(logits, targets, temperature, weights)", "losses.soft_targets(logits, targets, temperature)"),
+        ("losses.reverse_kl(logits,", "losses.soft_targets(logits,"),
+        ("term.beta, temperature, weights)\n        case terms.Decoupled", "0.5, temperature, weights)\n        case terms.Decoupled"),
+        ("term.alpha, term.beta, temperature, weights)", "term.beta, term.alpha, temperature, weights)"),
+        ("term.alpha, term.beta, temperature, weights)", "term.alpha, term.beta, temperature)"),
+        ("term.beta, term.gamma, temperature)", "term.gamma, term.beta, temperature)"),
+        ("term.beta, term.gamma, temperature)", "term.beta, term.gamma)"),
+        ("losses.standardised(logits, targets, temperature, weights)", "losses.standardised(logits, targets, temperature)"),
+        ("    if isinstance(term, terms.Adapted) and learned is not None:\n", "    if False:\n"),
+        ("_scalar(term.distance(student, cached, weights))", "_scalar(term.distance(cached, student, weights))"),
+        ("_scalar(term.distance(student, cached, weights))", "_scalar(term.distance(student, cached, None))"),
+        ("_DISTANCES[term.distance](student.flatten(1), cached.flatten(1), weights)", "_DISTANCES[term.distance](student.flatten(1), cached.flatten(1))"),
+        ("losses.factor_transfer(student, cached, weights)", "losses.factor_transfer(student, cached)"),
+        ("_map(student, term.p), _map(cached, term.p), term.squared", "_map(student, 2), _map(cached, 2), term.squared"),
+        ("_map(cached, term.p), term.squared, weights)", "_map(cached, term.p), True, weights)"),
+        ("_map(cached, term.p), term.squared, weights)", "_map(cached, term.p), term.squared)"),
+        ("term.divergence, weights=weights)", "'kl', weights=weights)"),
+        ("term.divergence, weights=weights)", "term.divergence)"),
+        ("losses.nst(student, cached, weights=weights)", "losses.nst(student, cached)"),
+        ("losses.vid(mean, variance, cached, weights)", "losses.vid(mean, variance, cached)"),
+        ("temperature=term.temperature, weights=weights)", "weights=weights)"),
+        ("temperature=term.temperature, weights=weights)", "temperature=term.temperature)"),
+        ("torch.arange(1, len(bank), device=bank.device)", "torch.arange(0, len(bank), device=bank.device)"),
+        ("torch.arange(1, len(bank), device=bank.device)", "torch.arange(2, len(bank), device=bank.device)"),
+        ("term.distance * distance + term.angle * angle", "distance + term.angle * angle"),
+        ("term.distance * distance + term.angle * angle", "term.distance * distance + angle"),
+        ("losses.rkd_angle(student, cached) if term.angle > 0 else 0", "losses.rkd_angle(student, cached)"),
+        ("term.gamma, term.order)", "term.gamma)"),
+        ("term.gamma, term.order)", "order=term.order)"),
+        ("losses.pkt(student, cached)", "losses.pkt(cached, student)"),
+        ("    if not isinstance(value, Tensor) or value.ndim != 0:\n", "    if not isinstance(value, Tensor):\n"),
+        ("probs[:, None] if probs.ndim == 3 else probs", "probs"),
+    ]),
     "../schedules.py": ("schedules", [
         ("    _checked(progress)\n    return value", "    return value"),
         ("    return start + (end - start) * _checked(progress)\n", "    return end + (start - end) * _checked(progress)\n"),
@@ -528,7 +568,7 @@ def noticing(items: list[pytest.Item], name: str, old: str, new: str) -> str:
 
 def module(name: str) -> ModuleType:
     home = "ensemble_distill" if name.startswith("../") else "ensemble_distill.losses"
-    return importlib.import_module(f"{home}.{name.removeprefix('../').removesuffix('.py')}")
+    return importlib.import_module(f"{home}.{name.removeprefix('../').removesuffix('.py').replace('/', '.')}")
 
 
 def mutate(module: ModuleType, old: str, new: str) -> None:

@@ -132,6 +132,22 @@ def test_an_angle_at_two_equal_rows_is_zero() -> None:
     assert float(value) == pytest.approx(oracles.rkd_angle(student, teacher), rel=1e-10)
 
 
+def test_wide_features_are_turned_and_not_changed() -> None:
+    """Which saves time where a teacher is wider than the batch; of what learns, gradients go the plain way."""
+    x = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
+    x[1] = x[0]
+    turned = relations.narrowed(x)
+    assert turned.shape == (5, 5)
+    torch.testing.assert_close(distances(turned), distances(x))
+    assert relations.narrowed(x[:, :4]) is not None and relations.narrowed(x[:, :4]).shape == (5, 4)
+    learns = x.clone().requires_grad_()
+    assert relations.narrowed(learns) is learns
+    student = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(rkd_angle(student, x), rkd_angle(student, learns))
+    rkd_angle(student, learns).backward()
+    assert learns.grad.abs().sum() > 0
+
+
 def test_errors_beyond_one_count_linearly() -> None:
     far = np.zeros((5, 2))
     far[0] = 100  # its distances are 2.5 times the mean: with eq. 7 that is 1.5 − ½ ...
