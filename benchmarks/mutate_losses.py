@@ -119,7 +119,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "relations.py": ("rkd|angle|beyond|wide", [
         (" or x_BD.requires_grad:", ":"),
         ("(x_BD - x_BD.mean(dim=0)).T", "x_BD[:, : len(x_BD)].T"),
-        ('mode="r").R\n    return r.T', 'mode="r").R\n    return r'),
+        ("return r.T[first_equal_B]", "return r.T"),
+        ("return r.T[first_equal_B]", "return r[first_equal_B]"),
         ('F.huber_loss(_relative(precise(student_BD)), _relative(precise(teacher_BE)), reduction="sum")',
          '0.5 * F.mse_loss(_relative(precise(student_BD)), _relative(precise(teacher_BE)), reduction="sum")'),
         ('_relative(precise(teacher_BE)), reduction="sum")', '_relative(precise(teacher_BE)), reduction="sum", delta=2.0)'),

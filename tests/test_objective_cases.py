@@ -143,8 +143,8 @@ def test_wide_features_are_turned_and_not_changed() -> None:
     learns = x.clone().requires_grad_()
     assert relations.narrowed(learns) is learns
     student = torch.randn(5, 3, dtype=torch.float64)
-    torch.testing.assert_close(rkd_angle(student, x), rkd_angle(student, learns))
-    rkd_angle(student, learns).backward()
+    torch.testing.assert_close(losses.rkd_angle(student, x), losses.rkd_angle(student, learns))
+    losses.rkd_angle(student, learns).backward()
     assert learns.grad.abs().sum() > 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ensemble_distill.cli.options import common, grace, settings
+from ensemble_distill.cli.options import Common, common, grace, settings
 
 
 @click.command(name="append")
@@ -22,11 +22,7 @@ def command(
     views: int | None,
     grace: float,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Add to a cache what PIPELINE has beyond it: members, taps, views, samples or splits.
 
@@ -38,13 +34,10 @@ def command(
       ensemble-distill append pipelines/fashion_mnist.py --cache caches/fmnist --views 4
     """
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.pipeline import Pipeline
+    from ensemble_distill.cli.pipeline import Pipeline, overridden
     from ensemble_distill.cli.recording import record
-    from ensemble_distill.config import override
 
-    console = ui.Console(quiet)
+    console = ui.Console(common.quiet)
     loaded = Pipeline(pipeline)
-    given = {"views": views, "batch_size": batch_size}
-    config = override(loaded.cache(), [f"{k}={v}" for k, v in given.items() if v is not None])
-    config = override(config, settings)
-    record(console, loaded.data(), config, cache_path, limit, workers, device, grace, append=True)
+    config = overridden(loaded.cache(), settings, views=views, batch_size=common.batch_size)
+    record(console, loaded.data(), config, cache_path, common, grace, append=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensemble_distill.cli.options import common, reading, settings
+from ensemble_distill.cli.options import Common, Reading, common, reading, settings
 
 if TYPE_CHECKING:
     from ensemble_distill.cli.console import Console
@@ -30,12 +30,8 @@ def command(
     seed: int,
     as_json: bool,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
-    **reading: Any,
+    common: Common,
+    reading: Reading,
 ) -> None:
     """Run the teachers of PIPELINE again on random rows; exit 4 if the cache says something else.
 
@@ -46,25 +42,25 @@ def command(
       ensemble-distill audit pipelines/fashion_mnist.py --cache caches/fmnist
     """
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.pipeline import Pipeline, overridden, sources
     from ensemble_distill.cli.reading import opened
-    from ensemble_distill.config import override
     from ensemble_distill.device import devices
     from ensemble_distill.ensemble.ensemble import Ensemble
     from ensemble_distill.ensemble.members import load_member
     from ensemble_distill.errors import Corrupt
     from ensemble_distill.recording.audit import audit, check_members
 
-    console = ui.Console(quiet)
-    loaded, on = Pipeline(pipeline), devices(device)
-    cache = opened(cache_path, **reading)
-    data, config = loaded.data(), override(loaded.cache(), settings)
+    console = ui.Console(common.quiet, aside=as_json)
+    loaded, on = Pipeline(pipeline), devices(common.device)
+    cache = opened(cache_path, reading)
+    data, config = loaded.data(), overridden(loaded.cache(), settings)
     cache.check(data)
     members = [load_member(member) for member in config.members]
     check_members(cache.plan, members, config)
     ensemble = Ensemble(members, config, len(data.classes), on, cache.plan.capture.precision)
     with console.live():
-        result = audit(cache, ensemble, data, sources(data, limit), rows, seed, batch_size)
+        splits = sources(data, common.limit)
+        result = audit(cache, ensemble, data, splits, rows, seed, common.batch_size, console.phase)
     if as_json:
         click.echo(json.dumps(_report(result), indent=1))
     else:

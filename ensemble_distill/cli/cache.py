@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from ensemble_distill.cli.options import Span, common, grace, settings
-
-if TYPE_CHECKING:
-    pass
+from ensemble_distill.cli.options import Common, Span, common, grace, settings
 
 
 @click.command(name="cache")
@@ -33,11 +28,7 @@ def command(
     units: range | None,
     grace: float,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Run the teachers of PIPELINE once and write what they said into a cache.
 
@@ -49,13 +40,10 @@ def command(
       ensemble-distill cache pipelines/fashion_mnist.py --out caches/fmnist
     """
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.pipeline import Pipeline
+    from ensemble_distill.cli.pipeline import Pipeline, overridden
     from ensemble_distill.cli.recording import record
-    from ensemble_distill.config import override
 
-    console = ui.Console(quiet)
+    console = ui.Console(common.quiet)
     loaded = Pipeline(pipeline)
-    given = {"format": format, "views": views, "batch_size": batch_size}
-    config = override(loaded.cache(), [f"{k}={v}" for k, v in given.items() if v is not None])
-    config = override(config, settings)
-    record(console, loaded.data(), config, out, limit, workers, device, grace, units)
+    config = overridden(loaded.cache(), settings, format=format, views=views, batch_size=common.batch_size)
+    record(console, loaded.data(), config, out, common, grace, units)

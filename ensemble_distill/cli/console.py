@@ -13,20 +13,23 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ensemble_distill.errors import printable
+from ensemble_distill.phase import Phase
 
 PLAIN_SECONDS = 10.0
+BAR = 24
 
 
 class Console:
-    """Prints results and progress; rich obeys NO_COLOR by itself."""
+    """Prints results and progress; rich obeys NO_COLOR by itself. ``aside``: on stderr, for stdout has JSON."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        width = None if sys.stdout.isatty() else 120
-        self.rich = RichConsole(quiet=quiet, highlight=False, soft_wrap=True, width=width)
+    def __init__(self, quiet: bool = False, aside: bool = False) -> None:
+        width = None if (sys.stderr if aside else sys.stdout).isatty() else 120
+        self.rich = RichConsole(stderr=aside, quiet=quiet, highlight=False, soft_wrap=True, width=width)
         self._live: Live | None = None
         self._last = time.monotonic()
         logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
@@ -47,13 +50,27 @@ class Console:
             yield
         self._live = None
 
-    def progress(self, text: str) -> None:
-        """The state of affairs: the live line, or a plain line every ten seconds."""
+    def progress(self, text: str, share: float | None = None) -> None:
+        """The state of affairs: the live line, with a bar where a share is given, or a plain line every ten seconds."""
         if self._live is not None:
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+            line = Text(text, no_wrap=True, overflow="ellipsis")
+            self._live.update(line if share is None else _barred(line, share))
         elif time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             self.say(text)
+
+    def phase(self, phase: Phase) -> None:
+        """How far something is: ``reading test  640/1,280 rows  3,200 rows/s  0:01 left``."""
+        unit, pace = phase.unit, phase.per_second
+        shown = f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"
+        left = f"  {shown} {unit}/s  {duration(phase.seconds_left)} left" if phase.done else ""
+        self.progress(f"{phase.name}  {phase.done:,}/{phase.total:,} {unit}{left}", phase.share)
+
+
+def _barred(line: Text, share: float) -> Table:
+    result = Table.grid(padding=(0, 2))
+    result.add_row(ProgressBar(total=1.0, completed=share, width=BAR), line)
+    return result
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, reading
+from ensemble_distill.cli.options import Common, Reading, common, reading
 
 
 @click.command(name="evaluate")
@@ -26,12 +25,8 @@ def command(
     cache_path: str | None,
     split: str,
     as_json: bool,
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
-    **reading: Any,
+    common: Common,
+    reading: Reading,
 ) -> None:
     """Score the student of a finished RUN: against the labels, and against the cached ensemble.
 
@@ -48,25 +43,27 @@ def command(
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.evaluate import check_same_cache, evaluate, load_student, run_cache, run_ensemble
 
-    console = ui.Console(quiet)
+    console = ui.Console(common.quiet)
     loaded = Pipeline(pipeline)
-    on = devices(device)[0]
+    on = devices(common.device)[0]
     model = load_student(loaded.train(), run_path, on)
     data = loaded.data()
-    splits = sources(data, limit)
+    splits = sources(data, common.limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
     path = cache_path or run_cache(run_path)
-    if path is None and reading["expect_digest"] is not None:
+    if path is None and reading.expect_digest is not None:
         raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
-    cache = opened(path, **reading) if path else None
+    cache = opened(path, reading) if path else None
     if cache is not None:
         cache.check(data)
         cache.check_labels(splits[split], split)
         if cache_path is None:
             check_same_cache(run_path, cache)
         cache = cache.mixed(run_ensemble(run_path))
-    result = evaluate(model, splits[split], cache, split, on, batch_size=batch_size or 512, workers=workers)
+    result = evaluate(
+        model, splits[split], cache, split, on, batch_size=common.batch_size or 512, workers=common.workers
+    )
     if cache is not None:
         result["taught_by"] = cache.taught_by()
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, reading
+from ensemble_distill.cli.options import Common, Reading, common, reading
 
 
 @click.command(name="fit-weights")
@@ -24,12 +24,8 @@ def command(
     split: str,
     temperatures: bool,
     as_json: bool,
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
-    **reading: Any,
+    common: Common,
+    reading: Reading,
 ) -> None:
     """Find the shares of a cache's members under which the labels of a held-out split are likeliest.
 
@@ -46,18 +42,22 @@ def command(
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.fit_weights import fit_weights
 
-    cache = opened(cache_path, **reading)
+    console = ui.Console(common.quiet, aside=as_json)
+    cache = opened(cache_path, reading)
     data = Pipeline(pipeline).data()
-    splits = sources(data, limit)
+    splits = sources(data, common.limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
     cache.check(data)
     cache.check_labels(splits[split], split)
-    result = fit_weights(cache, splits[split], split, temperatures=temperatures, workers=workers)
+    with console.live():
+        result = fit_weights(
+            cache, splits[split], split, temperatures=temperatures, workers=common.workers, report=console.phase
+        )
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
-    _show(ui.Console(quiet), result)
+    _show(console, result)
 
 
 def _show(console: Any, result: dict[str, Any]) -> None:

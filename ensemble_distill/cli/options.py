@@ -1,9 +1,11 @@
-"""Options that several commands share, as decorators."""
+"""Options that several commands share, as decorators; ``common`` and ``reading`` hand theirs over as one object."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -24,6 +26,40 @@ _COMMON: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Common:
+    """What ``common`` adds to a command."""
+
+    limit: int | None
+    batch_size: int | None
+    workers: int
+    device: str
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What ``reading`` adds to a command. memory, copies_size: MB, as people give them."""
+
+    expect_digest: str | None
+    allow_partial: bool
+    manifest: str | None
+    memory: int | None
+    copies: str | None
+    copies_size: int
+
+
+def _as_one(kind: type[Any], name: str, command: F) -> F:
+    """The command called with the options that are fields of ``kind`` as one argument."""
+
+    @functools.wraps(command)
+    def called(**options: Any) -> Any:
+        own = {field.name: options.pop(field.name) for field in fields(kind)}
+        return command(**options, **{name: kind(**own)})
+
+    return cast(F, called)
+
+
 def version(command: F) -> F:
     return click.option(
         "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
@@ -31,8 +67,8 @@ def version(command: F) -> F:
 
 
 def common(command: F) -> F:
-    """--limit, --batch-size, --workers, --device, --quiet, --version."""
-    command = version(command)
+    """--limit, --batch-size, --workers, --device, --quiet, as ``common: Common``; and --version."""
+    command = version(_as_one(Common, "common", command))
     for name, (kind, text) in reversed(_COMMON.items()):
         command = click.option(f"--{name}", help=text, **kind)(command)
     return command
@@ -74,7 +110,7 @@ def expect_digest(command: F) -> F:
 
 
 def reading(command: F) -> F:
-    """What every command that learns from a cache, or compares with one, takes; ``opened`` opens it so."""
+    """What every command that learns from a cache, or compares with one, takes, as ``reading: Reading``."""
     options = [
         expect_digest,
         click.option(
@@ -101,6 +137,7 @@ def reading(command: F) -> F:
             help="Their size at most.",
         ),
     ]
+    command = _as_one(Reading, "reading", command)
     for option in reversed(options):
         command = option(command)
     return command

@@ -6,14 +6,14 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ensemble_distill.config import CacheConfig, DataConfig, TrainConfig, explain, suggestion
+from ensemble_distill.config import CacheConfig, DataConfig, TrainConfig, explain, override, suggestion
 from ensemble_distill.errors import Error, UsageError
 from ensemble_distill.frozen import Config
 from ensemble_distill.sources.arrays import Limited, Source
@@ -75,6 +75,12 @@ def sources(data: DataConfig, limit: int | None) -> Mapping[str, Source]:
     if limit is None:
         return data.sources
     return {name: Limited(source, limit) for name, source in data.sources.items()}
+
+
+def overridden(config: C, settings: Iterable[str], **options: object) -> C:
+    """The configuration with the options that were given, and with what --set says over them."""
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return override(override(config, given), settings)
 
 
 def failed(error: BaseException) -> Error:

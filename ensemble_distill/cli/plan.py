@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensemble_distill.cli.options import common, settings
+from ensemble_distill.cli.options import Common, common, settings
 
 if TYPE_CHECKING:
     from ensemble_distill.cli.console import Console
@@ -66,11 +66,7 @@ def command(
     batches: int,
     as_json: bool,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Show what `cache` would take for PIPELINE with each codec: bytes, time, memory, error.
 
@@ -81,20 +77,18 @@ def command(
       ensemble-distill plan pipelines/fashion_mnist.py --k 2,4
     """
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.pipeline import Pipeline, sources
-    from ensemble_distill.config import override
+    from ensemble_distill.cli.pipeline import Pipeline, overridden, sources
     from ensemble_distill.device import devices
     from ensemble_distill.recording.prices import price_list
 
-    console = ui.Console(quiet or as_json)
+    console = ui.Console(common.quiet, aside=as_json)
     loaded = Pipeline(pipeline)
-    given = {"format": format, "views": views, "batch_size": batch_size}
-    config = override(loaded.cache(), [f"{k}={v}" for k, v in given.items() if v is not None])
-    config = override(config, settings)
+    config = overridden(loaded.cache(), settings, format=format, views=views, batch_size=common.batch_size)
     data = loaded.data()
     with console.live():
         console.progress(f"running the teachers on {batches} batches")
-        found = price_list(data, config, sources(data, limit), devices(device), sizes, batches, workers)
+        splits, on = sources(data, common.limit), devices(common.device)
+        found = price_list(data, config, splits, on, sizes, batches, common.workers, console.phase)
     if as_json:
         click.echo(json.dumps(_report(found), indent=1))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ensemble_distill.cli import console as ui
+from ensemble_distill.cli.options import Common
 from ensemble_distill.cli.pipeline import sources
 from ensemble_distill.cli.show import show_statistics, show_tail, show_taps
 from ensemble_distill.config import CacheConfig, DataConfig
@@ -18,9 +19,7 @@ def record(
     data: DataConfig,
     config: CacheConfig,
     out: str,
-    limit: int | None,
-    workers: int,
-    device: str,
+    common: Common,
     grace: float,
     units: range | None = None,
     append: bool = False,
@@ -29,14 +28,15 @@ def record(
 
     ``append``: to a sealed cache, what the pipeline has beyond it.
     """
-    splits = sources(data, limit)
+    splits = sources(data, common.limit)
     store = open_store(out, create=not append)
     leases = Leases(lease_storage(store.storage))
-    on = devices(device)
+    on = devices(common.device)
     if config.calibrate is not None:
         console.say(f"calibrating on {config.calibrate}, unless that was done already")
     with ui.stoppable(grace) as stop:
-        plan, ensemble = prepare(data, config, splits, store, leases, on, append)
+        with console.live():
+            plan, ensemble = prepare(data, config, splits, store, leases, on, append, console.phase)
         where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))
         console.say(f"members {', '.join(ensemble.names)}: eval mode, {plan.capture.precision} on {where}")
         show_tail(console, plan.capture)
@@ -45,7 +45,7 @@ def record(
         console.say(f"{plan.rows:,} rows, {plan.bytes_per_row} B each, {size} in {plan.units} units")
         recorder = Recorder(plan, ensemble, splits, store, leases)
         with console.live():
-            digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, workers, units)
+            digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, common.workers, units)
     done = recorder.progress
     if done.rows:
         took = f"{ui.duration(done.seconds_so_far)} ({done.rows_per_second:,.0f} rows/s; {done.shares})"

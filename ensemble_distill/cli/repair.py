@@ -6,7 +6,7 @@ import os
 
 import click
 
-from ensemble_distill.cli.options import common, grace, settings
+from ensemble_distill.cli.options import Common, common, grace, settings
 
 
 @click.command(name="repair")
@@ -22,11 +22,7 @@ def command(
     views: int | None,
     grace: float,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Drop what is damaged in a CACHE, and capture exactly that again if PIPELINE is given.
 
@@ -40,10 +36,9 @@ def command(
     from ensemble_distill.cache.repair import repair
     from ensemble_distill.cache.verify import verify
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.config import override
     from ensemble_distill.store.store import open_store
 
-    console = ui.Console(quiet)
+    console = ui.Console(common.quiet)
     store = open_store(cache, create=True)  # also where PLAN itself is lost
 
     def report(files: int, damaged: int) -> None:
@@ -64,13 +59,12 @@ def command(
             f"capture the rest: ensemble-distill repair {cache} PIPELINE"
         )
     elif mended.missing:
-        from ensemble_distill.cli.pipeline import Pipeline
+        from ensemble_distill.cli.pipeline import Pipeline, overridden
         from ensemble_distill.cli.recording import record
 
         loaded = Pipeline(str(pipeline))
-        given = {"format": plan.format, "views": views, "batch_size": batch_size}
-        config = override(loaded.cache(), [f"{k}={v}" for k, v in given.items() if v is not None])
-        record(console, loaded.data(), override(config, settings), cache, limit, workers, device, grace)
+        config = overridden(loaded.cache(), settings, format=plan.format, views=views, batch_size=common.batch_size)
+        record(console, loaded.data(), config, cache, common, grace)
     elif store.current() is None:
         from ensemble_distill.recording.seal import seal
 

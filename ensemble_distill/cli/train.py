@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ensemble_distill.cli.options import common, grace, reading, settings
+from ensemble_distill.cli.options import Common, Reading, common, grace, reading, settings
 
 
 @click.command(name="train")
@@ -28,12 +28,8 @@ def command(
     tensorboard: bool,
     grace: float,
     settings: tuple[str, ...],
-    limit: int | None,
-    batch_size: int | None,
-    workers: int,
-    device: str,
-    quiet: bool,
-    **reading: Any,
+    common: Common,
+    reading: Reading,
 ) -> None:
     """Train the student of PIPELINE from a cache; no teacher is loaded.
 
@@ -43,30 +39,26 @@ def command(
       ensemble-distill train pipelines/fashion_mnist.py:alone --cache caches/fmnist --out runs/b
     """
     from ensemble_distill.cli import console as ui
-    from ensemble_distill.cli.pipeline import Pipeline, sources
+    from ensemble_distill.cli.pipeline import Pipeline, overridden, sources
     from ensemble_distill.cli.reading import opened
     from ensemble_distill.cli.show import scores, taught_by
-    from ensemble_distill.config import override
     from ensemble_distill.device import devices
     from ensemble_distill.training.events import Events
     from ensemble_distill.training.run import Progress, Run
 
-    console = ui.Console(quiet)
+    console = ui.Console(common.quiet)
     loaded = Pipeline(pipeline)
-    config = loaded.train()
-    if batch_size is not None:
-        config = override(config, [f"batch_size={batch_size}"])
-    config = override(config, settings)
-    cache = opened(cache_path, **reading)
+    config = overridden(loaded.train(), settings, batch_size=common.batch_size)
+    cache = opened(cache_path, reading)
     data = loaded.data()
-    splits = sources(data, limit)
+    splits = sources(data, common.limit)
     events = Events(out) if tensorboard else None
     with ui.stoppable(grace) as stop:
         if verify_source:
             for split in (name for name in splits if name in cache.parts):
                 own = cache.verify_source(splits[split], split)
                 console.say(f"{split}: {len(own):,} samples proved by key, {own.sum():,} at their own row")
-        run = Run(data, config, splits, cache, out, devices(device)[0], workers=workers)
+        run = Run(data, config, splits, cache, out, devices(common.device)[0], workers=common.workers)
         if run.state["finished"]:
             console.say(f"{out} is finished: nothing to train")
         elif run.state["step"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import Cache
+from ensemble_distill.cache.cache import Batch, Cache
 from ensemble_distill.calibration import fit_shares, fit_temperature, mixture_nll
 from ensemble_distill.codec import Dense, Members
 from ensemble_distill.config import EnsembleConfig
 from ensemble_distill.errors import UsageError
 from ensemble_distill.mixture import combine
+from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.philox import permutation
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.targets import Targets
@@ -39,30 +40,34 @@ class _Rows:
         )
 
 
-# How an ensemble is fitted to rows, and the NLL that it has on others.
-_Fit = Callable[[_Rows], EnsembleConfig]
+# How an ensemble is fitted to rows; what was fitted of it is added to the phase.
+_Fit = Callable[[_Rows, Phase], EnsembleConfig]
 
 
 def fit_weights(
-    cache: Cache, source: Source, split: str, *, temperatures: bool = False, workers: int = 1
+    cache: Cache,
+    source: Source,
+    split: str,
+    *,
+    temperatures: bool = False,
+    workers: int = 1,
+    report: Report = silent,
 ) -> dict[str, Any]:
     """The mixture (mean_probs) of the members with the least NLL on a split's labels; nats.
 
     ``temperatures``: fit one for each member first, and one after averaging last, which takes members of all classes.
     Reports ``nll`` as captured, with equal shares, as fitted, and ``elsewhere``: fitted on one half of the rows and
-    measured on the other, both ways, which is what to expect on new data. UsageError for a cache that does not keep its
-    members, and for a split without labels.
+    measured on the other, both ways, which is what to expect on new data. ``report`` hears of each batch and each fit.
+    UsageError for a cache that does not keep its members, and for a split without labels.
     """
-    rows = _read(cache, source, split, temperatures, workers)
+    rows = _read(cache, source, split, temperatures, workers, report)
     fit: _Fit = _tempered if temperatures else _weighted
-    chosen = fit(rows)
     halves = [torch.from_numpy(part) for part in np.array_split(permutation(len(rows.labels), 0, 0), 2)]
-    sizes = [len(part) for part in halves]
-    elsewhere = [
-        _nll(rows.at(there), fit(rows.at(here))) * len(there)
-        for here, there in (halves, halves[::-1])
-        if len(here) and len(there)
-    ]
+    ways = [(here, there) for here, there in (halves, halves[::-1]) if len(here) and len(there)]
+    fits = len(rows.names) + 2 if temperatures else 1
+    phase = Phase("fitting", fits * (1 + len(ways)), report, "fits")
+    chosen = fit(rows, phase)
+    elsewhere = [_nll(rows.at(there), fit(rows.at(here), phase)) * len(there) for here, there in ways]
     equal = EnsembleConfig(weights=dict.fromkeys(rows.names, 1 / len(rows.names)))
     captured = EnsembleConfig(weights=_normalised(dict(cache.captured.shares)))
     shown = {name: value for name, value in chosen.model_dump().items() if value is not None}
@@ -77,31 +82,40 @@ def fit_weights(
             "captured": _nll(rows, captured),
             "equal": _nll(rows, equal),
             "fitted": _nll(rows, chosen),
-            "elsewhere": sum(elsewhere) / sum(sizes) if len(elsewhere) == 2 else None,
+            "elsewhere": sum(elsewhere) / len(rows.labels) if ways else None,
         },
         "ensemble": shown,
         "settings": [f"ensemble.{name}={_compact(value)}" for name, value in shown.items()],
     }
 
 
-def _weighted(rows: _Rows) -> EnsembleConfig:
+def _weighted(rows: _Rows, phase: Phase) -> EnsembleConfig:
     shares = fit_shares(rows.label_logprobs).shares
+    phase.add(1)
     return EnsembleConfig(weights=_rounded(rows.names, shares), combine="mean_probs")
 
 
-def _tempered(rows: _Rows) -> EnsembleConfig:
+def _tempered(rows: _Rows, phase: Phase) -> EnsembleConfig:
     """Each member at its own temperature, then the shares, then the temperature of the mixture."""
-    fitted = [round(fit_temperature(part, rows.labels), 4) for part in rows.logprobs]
+    fitted = [_temperature(part, rows.labels, phase) for part in rows.logprobs]
     tempered = [torch.log_softmax(part / t, dim=1) for part, t in zip(rows.logprobs, fitted, strict=True)]
     label = torch.cat([part.gather(1, rows.labels[:, None]) for part in tempered], dim=1)
     weights = _rounded(rows.names, fit_shares(label).shares)
+    phase.add(1)
     mixed = combine(tempered, [max(weights[name], 1e-12) for name in rows.names], "mean_probs")
     return EnsembleConfig(
         weights=weights,
         combine="mean_probs",
         temperatures=dict(zip(rows.names, fitted, strict=True)),
-        temperature=round(fit_temperature(mixed, rows.labels), 4),
+        temperature=_temperature(mixed, rows.labels, phase),
     )
+
+
+def _temperature(logprobs: Tensor, labels: Tensor, phase: Phase) -> float:
+    """The best one at four digits, as people paste it."""
+    fitted = round(fit_temperature(logprobs, labels), 4)
+    phase.add(1)
+    return fitted
 
 
 def _nll(rows: _Rows, ensemble: EnsembleConfig) -> float:
@@ -119,7 +133,7 @@ def _nll(rows: _Rows, ensemble: EnsembleConfig) -> float:
     return -float(after.gather(1, rows.labels[:, None]).clamp(min=-65504).mean())
 
 
-def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int) -> _Rows:
+def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int, report: Report) -> _Rows:
     codec = cache.head
     if not isinstance(codec, Members):
         raise UsageError(
@@ -128,16 +142,29 @@ def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int) -
         )
     if whole and not isinstance(codec.inner, Dense):
         raise UsageError(f"--temperatures: {cache.root} keeps {codec.inner.k} classes of each member, not all of them")
-    labels, columns, parts = source.labels, [], []
-    if labels is None:
+    if source.labels is None:
         raise UsageError(f"{split!r} has no labels: there is nothing to fit shares to")
+    index = cache.positions(source, split)
+    phase, columns, parts = Phase("reading", len(codec.members) * len(index), report), [], []
     for name in codec.members:
         one = cache.mixed(EnsembleConfig(weights={name: 1.0}, temperature=1.0 if whole else None))
-        batches = list(one.loader(source, BATCH, split=split, shuffle=False, workers=workers))
-        columns.append(torch.cat([_label_logprob(b.targets, torch.from_numpy(labels[b.index])) for b in batches]))
-        parts.append(torch.cat([b.targets.logprobs for b in batches]) if whole else torch.empty(len(columns[-1]), 0))
-    index = np.concatenate([b.index for b in batches])
-    return _Rows(codec.members, torch.from_numpy(labels[index]), torch.stack(columns, dim=1), tuple(parts))
+        batches = one.loader(source, BATCH, split=split, shuffle=False, workers=workers)
+        label, logprobs = _said(batches, torch.from_numpy(source.labels), whole, phase)
+        columns.append(label)
+        parts.append(logprobs)
+    labels = torch.from_numpy(source.labels[index])
+    return _Rows(codec.members, labels, torch.stack(columns, dim=1), tuple(parts))
+
+
+def _said(batches: Iterable[Batch], labels: Tensor, whole: bool, phase: Phase) -> tuple[Tensor, Tensor]:
+    """One member's log p(label) [N], and its log p of all classes [N, C], or of none where ``whole`` is not wanted."""
+    columns, parts = [], []
+    for batch in batches:
+        targets = batch.targets
+        columns.append(_label_logprob(targets, labels[batch.index]))
+        parts.append(targets.logprobs if whole else targets.logprobs[:, :0])
+        phase.add(len(batch.index))
+    return torch.cat(columns), torch.cat(parts)
 
 
 def _label_logprob(targets: Targets, labels_B: Tensor) -> Tensor:

@@ -51,12 +51,14 @@ def rkd_angle(student_BD: Tensor, teacher_BE: Tensor, chunk: int = 16) -> Tensor
 def narrowed(x_BD: Tensor) -> Tensor:
     """Rows [B, min(B, D)] with the same differences but for a rotation: R of x − mean = R Q, where D is above B.
 
-    Of what needs no gradient; anything else is given back as it is.
+    Of what needs no gradient; anything else is given back as it is. Rows that are equal stay equal to the bit: the
+    direction from one to the other is zero, and not that of a rounding error.
     """
     if x_BD.shape[1] <= len(x_BD) or x_BD.requires_grad:
         return x_BD
     r: Tensor = torch.linalg.qr((x_BD - x_BD.mean(dim=0)).T, mode="r").R
-    return r.T
+    first_equal_B = (distances(x_BD) == 0).int().argmax(dim=1)
+    return r.T[first_equal_B]
 
 
 def _relative(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.errors import Mismatch
+from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.recording.capture import encoded
 from ensemble_distill.recording.fidelity import scattered
 from ensemble_distill.recording.shown import said_of, show
@@ -146,31 +147,43 @@ def audit(
     rows: int,
     seed: int,
     batch_size: int | None = None,
+    report: Report = silent,
 ) -> Audit:
     """Compare up to ``rows`` random rows of each split, each in a random view, with what the members say now.
 
-    Raises Mismatch for samples or labels that are not those of the cache.
+    ``report`` hears of each batch. Raises Mismatch for samples or labels that are not those of the cache.
     """
     cache.check(data)
     result, batch_size = Audit(), batch_size or cache.plan.capture.batch_size
     ensemble.temper(cache.plan.reading.temperature_before, cache.plan.reading.temperature_after)
     # A plan that was read back has no functions in its transforms.
     plan = cache.plan.model_copy(update={"reading": cache.plan.reading.model_copy(update={"views": data.views})})
-    for number, split in enumerate(sorted(cache.parts)):
-        if split not in sources:
-            raise Mismatch(f"the pipeline has no split {split!r}, which {cache.root} holds")
-        cache.check_labels(sources[split], split)
-        chance = np.random.default_rng([seed, number])
-        positions = cache.positions(sources[split], split)
-        chosen = np.sort(chance.choice(positions, min(rows, len(positions)), replace=False))
-        views = chance.integers(0, cache.parts[split].views, len(chosen))
-        result.rows[split], found = len(chosen), result.fields.setdefault(split, {})
+    chosen = {
+        split: _chosen(cache, sources, split, rows, np.random.default_rng([seed, number]))
+        for number, split in enumerate(sorted(cache.parts))
+    }
+    phase = Phase("comparing", sum(len(index) for index, _ in chosen.values()), report)
+    for split, (drawn, views) in chosen.items():
+        result.rows[split], found = len(drawn), result.fields.setdefault(split, {})
         for view in np.unique(views):
-            index = chosen[views == view]
+            index = drawn[views == view]
             for part in np.array_split(index, -(-len(index) // batch_size)):
                 with memory_errors(batch_size):
                     _compare(found, cache, plan, ensemble, sources[split], split, int(view), part)
+                phase.add(len(part))
     return result
+
+
+def _chosen(
+    cache: Cache, sources: Mapping[str, Source], split: str, rows: int, chance: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a split to compare, in order, and the view of each; int64 [N]."""
+    if split not in sources:
+        raise Mismatch(f"the pipeline has no split {split!r}, which {cache.root} holds")
+    cache.check_labels(sources[split], split)
+    positions = cache.positions(sources[split], split)
+    index = np.sort(chance.choice(positions, min(rows, len(positions)), replace=False))
+    return index, chance.integers(0, cache.parts[split].views, len(index))
 
 
 def _compare(

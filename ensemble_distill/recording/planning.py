@@ -37,6 +37,7 @@ from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
 from ensemble_distill.errors import InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
+from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
 from ensemble_distill.recording.growing import grown
 from ensemble_distill.recording.tail import resolved_tail
@@ -77,18 +78,19 @@ def prepare(
     leases: Leases,
     devices: Sequence[torch.device],
     append: bool = False,
+    report: Report = silent,
 ) -> tuple[Plan, Ensemble]:
     """The plan of this capture and the ensemble, ready to run.
 
-    ``append``: what the pipeline has beyond what is sealed is added to it. Raises Mismatch where the directory holds
-    another plan, naming the first field that differs.
+    ``append``: what the pipeline has beyond what is sealed is added to it. ``report`` hears of the calibration. Raises
+    Mismatch where the directory holds another plan, naming the first field that differs.
     """
     held = existing_plan(store)
     # Resolved once and stored: a resumed capture must not choose anew.
     precision = held.capture.precision if held and config.precision == "auto" else config.precision
     pieces, ensemble = load_pieces(data, config, sources, devices, precision)
     if config.calibrate is not None:
-        pieces = _calibrated(pieces, config, ensemble, sources, store, held)
+        pieces = _calibrated(pieces, config, ensemble, sources, store, held, report)
     plan = make_plan(pieces, config)
     if append:
         return _appended(plan, held, sources, store), ensemble
@@ -168,15 +170,16 @@ def _calibrated(
     sources: Mapping[str, Source],
     store: Store,
     held: Plan | None,
+    report: Report,
 ) -> Pieces:
     """Fit the ensemble's temperatures, or take those that were fitted on the same rows when this capture began."""
     split = str(config.calibrate)
     if split not in sources:
         raise UsageError(f"calibrate={split!r}: there is no such split{suggestion(split, sources)}")
-    on = calibrated_on(ensemble, sources[split], split, pieces.members)
+    on = calibrated_on(ensemble, sources[split], split, pieces.members, report)
     record = _calibration(held, store)
     if record is None or record.on != on:
-        record = calibrate(ensemble, sources[split], on, config.batch_size)
+        record = calibrate(ensemble, sources[split], on, config.batch_size, report)
     ensemble.temper(record.temperature_before, record.temperature_after)
     return replace(
         pieces,

@@ -18,6 +18,7 @@ from ensemble_distill.config import CacheConfig, DataConfig, explain
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.errors import UsageError
 from ensemble_distill.formats import encode
+from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.offers import as_written, default_sizes, name_of, offers, size_of
 from ensemble_distill.recording.planning import Pieces, load_pieces, make_plan
 from ensemble_distill.recording.probe import Measured, Probe, Seconds, hashing_seconds, host_peak
@@ -76,18 +77,20 @@ def price_list(
     sizes: Sequence[int] | None = None,
     batches: int = 5,
     workers: int = 1,
+    report: Report = silent,
 ) -> PriceList:
     """Price the pipeline's codec and all others on ``batches`` batches of its sources. Nothing is written.
 
-    sizes: how many classes to keep or draw; by default some that suit the number of classes. Raises what planning a
-    capture raises, and InvalidOutput where a member fails on a batch.
+    sizes: how many classes to keep or draw; by default some that suit the number of classes. report: hears of each
+    batch. Raises what planning a capture raises, and InvalidOutput where a member fails on a batch.
     """
     config = config.model_copy(update={"codec": as_written(config.codec)})
     pieces, ensemble = load_pieces(data, config, sources, devices, config.precision)
     own = make_plan(pieces, config)
     plans, left_out = _plans(pieces, config, sizes or default_sizes(len(data.classes)))
     plans = {config.codec: own, **plans} if config.codec not in plans else plans
-    measured = Probe({name_of(codec): plan for codec, plan in plans.items()}, own, ensemble, sources).run(batches)
+    probe = Probe({name_of(codec): plan for codec, plan in plans.items()}, own, ensemble, sources)
+    measured = probe.run(batches, report)
     teller = Teller(measured, ensemble.devices, workers, hashing_seconds())
     return PriceList(
         plan=own,

@@ -25,6 +25,7 @@ from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
 from ensemble_distill.errors import InvalidOutput
 from ensemble_distill.metrics import count
 from ensemble_distill.mixture import Mixture
+from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.recording.estimate import errors
 from ensemble_distill.recording.shown import Shown, said_of, show
 from ensemble_distill.sources.arrays import Source
@@ -83,17 +84,20 @@ class Probe:
         self.mixture = Mixture(shares, own.reading.combine, own.reading.temperature_after)
         self.tally = Tally.empty([*ensemble.names, "ensemble"])
 
-    def run(self, batches: int) -> Measured:
+    def run(self, batches: int, report: Report = silent) -> Measured:
         """Measure on so many batches, spread evenly over all that would be captured, after one to warm up.
 
         Raises InvalidOutput for a member that gives NaN, naming the sample; OutOfMemory.
         """
         chosen = spread(self.own, batches)
+        phase = Phase("measuring", sum(len(index) for _, index in [chosen[0], *chosen]), report)
         with memory_errors(self.own.capture.batch_size):
             self._batch(Measured(), *chosen[0])
+            phase.add(len(chosen[0][1]))
             measured = Measured()
             for item, index in chosen:
                 self._batch(measured, item, index)
+                phase.add(len(index))
         return measured
 
     def _batch(self, measured: Measured, item: WorkItem, index: np.ndarray) -> None:
