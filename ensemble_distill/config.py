@@ -435,7 +435,8 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One sentence for the first thing that a config got wrong, with a suggestion for a misspelt field."""
     first = error.errors()[0]
-    where = ".".join(str(part)[:100] for part in first["loc"]) or model.__name__
+    names = [str(part)[:100] for part in first["loc"]]
+    where = ".".join(name for name in names if "[" not in name) or model.__name__  # a type tried is no name: literal[…]
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         fields = model.model_fields if len(first["loc"]) == 1 else _all_fields(model)

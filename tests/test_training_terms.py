@@ -120,6 +120,7 @@ def test_students_learn_from_every_term_and_leave_what_terms_learn_behind(tapped
          ("objective.heads", "[10, 1, 17, 4]")),
         ("every", ["objective.js.beta=1.5"], ("objective", "beta", "less than 1")),
         ("every", ['objective.js.weight={"kind":"ramp","start":1}'], ("weight: ramp.end: Field required",)),
+        ("every", ["objective.hint.distance=l3"], ("objective.hint.distance: Input should be 'cosine' or 'l2'",)),
         ("every", ["objective.js.weight=much"], ("weight: expected a number, or a schedule", "'much'")),
     ],
 )  # fmt: skip
