@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Cli, flip, shard_of
+from faulty import Killed
+from small import a_plan, put_item
+from test_resume import slow, wait_for
 
 from ensemble_distill import Cache, EnsembleConfig, open_cache
-from ensemble_distill.cache.plan import Split
+from ensemble_distill.cache.abandon import abandon
+from ensemble_distill.cache.plan import Plan, Split
+from ensemble_distill.cache.repair import repair
+from ensemble_distill.cache.verify import verify
+from ensemble_distill.errors import Corrupt, Mismatch
+from ensemble_distill.fingerprint import sha256
+from ensemble_distill.recording.seal import seal
+from ensemble_distill.store import records
+from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.records import Commit
+from ensemble_distill.store.store import Store, open_store
 
 MEMBERS = 'codec={"name":"members"}'
 ABC = '("a", "b", "c")'
+APPEND = ("append", "digits.py", "--cache", "two", "--set", MEMBERS)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +128,37 @@ def test_what_was_there_before_can_still_be_opened(cli: Cli) -> None:
     assert "holds no manifest" in cli(*train, "--out", "s", "--manifest", "../CURRENT", code=3).stderr
 
 
+def test_a_student_of_what_was_there_before_is_evaluated_against_that(cli: Cli) -> None:
+    two, evaluate = cli.folder / "two", ["evaluate", "two.py", "--run", "r"]
+    before = open_cache(two).digest
+    cli("train", "two.py", "--cache", "two", "--out", "r", "--set", "epochs=1")
+    scores = json.loads(cli(*evaluate, "--json").stdout)
+    assert scores["manifest"] == before and "has grown" not in cli(*evaluate).stdout
+    cli(*APPEND)
+    now = open_cache(two).digest
+    train = ["train", "two.py", "--cache", "two", "--out", "r", "--set", "epochs=1"]
+    assert "has grown" in cli(*train, code=3).stderr and "is finished" in cli(*train, "--manifest", before).stdout
+    assert f"two has grown: opened as r was trained from it, manifest {before}" in cli(*evaluate).stdout
+    again = json.loads(cli(*evaluate, "--json", "--expect-digest", before).stdout)
+    assert {**again, "latency_ms": scores["latency_ms"]} == scores
+    assert before in cli(*evaluate, "--expect-digest", now, code=3).stderr
+    assert "content digest" in cli(*evaluate, "--manifest", now, code=3).stderr
+    cli("train", "two.py", "--cache", "two", "--out", "s", "--manifest", before, "--set", "epochs=1")
+    assert json.loads(cli("evaluate", "two.py", "--run", "s", "--json").stdout)["kl"] == scores["kl"]
+    assert json.loads(cli(*evaluate, "--cache", "two", "--json").stdout)["manifest"] == now, "as its user says"
+    (two / "manifests" / f"{before}.json").unlink()
+    assert "content digest" in cli(*evaluate, code=3).stderr
+
+
+def test_a_cache_that_was_repaired_is_not_one_that_has_grown(cli: Cli) -> None:
+    """Another manifest is in force, of the same content; what the other one named may be gone."""
+    before = open_cache(cli.folder / "two").digest
+    cli("train", "two.py", "--cache", "two", "--out", "r", "--set", "epochs=1")
+    flip(shard_of(cli.folder / "two", "test-v000000-00000001.targets"))
+    cli("repair", "two", "two.py", "--set", MEMBERS)
+    assert json.loads(cli("evaluate", "two.py", "--run", "r", "--json").stdout)["manifest"] != before
+
+
 SPY = """
 
 
@@ -193,7 +239,6 @@ def test_an_append_that_is_stopped_goes_on_and_readers_see_what_was_there(cli: C
     before = open_cache(cli.folder / "two").digest
     append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
     from ensemble_distill.cache.commits import held_plan
-    from ensemble_distill.store.store import open_store
 
     cli(*append)
     store = open_store(cli.folder / "two")
@@ -295,6 +340,206 @@ def test_pages_of_a_split_do_not_go_across_its_cuts() -> None:
             Split(rows=23, views=1, unit_rows=5, labels=None, cuts=cuts)
 
 
+# Giving it up -------------------------------------------------------------------------------------
+
+ABANDON = ("append", "--cache", "two", "--abandon")
+
+
+def begun(cli: Cli) -> None:
+    """An append that was killed when some of its units were committed."""
+    slow(cli, 0.05)
+    process = cli.start(*APPEND, SLOW="1")
+    wait_for(lambda: any((cli.folder / "two" / "commits").glob("*.targets.1.json")), process)
+    process.kill()
+    process.communicate()
+
+
+def names(cache: Path) -> set[str]:
+    """The files that say what is there; shards and plans that nothing leads to may lie beside them."""
+    return {str(p.relative_to(cache)) for d in ("commits", "keys", "manifests") for p in (cache / d).iterdir()}
+
+
+def test_an_append_is_given_up_and_the_cache_is_as_it_was_sealed(cli: Cli) -> None:
+    two = cli.folder / "two"
+    before, there = files(two), names(two)
+    pointers = [(two / name).read_bytes() for name in ("PLAN", "CURRENT")]
+    begun(cli)
+    assert (two / "PLAN").read_bytes() != pointers[0] and names(two) != there
+    assert "dropped: " in cli(*ABANDON).stdout
+    assert [(two / name).read_bytes() for name in ("PLAN", "CURRENT")] == pointers
+    assert files(two).items() >= before.items() and names(two) == there
+    cli("verify", "two", "--deep")
+    cli("gc", "two", "--older-than", "0", "--delete")
+    assert files(two) == before and not list((two / "leases").iterdir())
+    assert "nothing was appended" in cli(*ABANDON).stdout
+    assert "already complete" in cli("cache", "two.py", "--out", "two", "--set", MEMBERS).stdout
+    cli(*APPEND)
+    assert torch.equal(said(open_cache(cli.folder / "two")), said(open_cache(cli.folder / "all")))
+
+
+def test_other_samples_are_appended_after_those_that_were_given_up(cli: Cli) -> None:
+    """Their pages of keys stand where the others stood."""
+    two = cli.folder / "two"
+    shutil.rmtree(two)
+    cli("cache", "digits.py", "--out", "two", "--views", "1", "--limit", "150")
+    before, current, there = files(two), (two / "CURRENT").read_bytes(), names(two)
+    cli("append", "digits.py", "--cache", "two", "--views", "1", "--limit", "500")
+    (two / "CURRENT").write_bytes(current)  # as if it had died before it was sealed
+    for name in set(files(two)) - set(before):
+        if name.startswith("manifests/") or name == "commits/train-v000000-00000002.targets.json":
+            (two / name).unlink()
+    cli.change(" slice(0, 1000)", " [*range(150), *range(999, 150, -1)]")
+    other = ["append", "digits.py", "--cache", "two", "--views", "1"]
+    stderr = cli(*other, code=3).stderr
+    assert "something else is being appended" in stderr and "append --cache two --abandon" in stderr
+    cli(*ABANDON)
+    assert files(two).items() >= before.items() and names(two) == there
+    cli(*other)
+    cli("verify", "two", "--deep")
+
+
+def test_an_append_that_is_at_work_is_not_given_up(cli: Cli) -> None:
+    slow(cli, 0.2)
+    process = cli.start(*APPEND, SLOW="1")
+    wait_for(lambda: any((cli.folder / "two" / "commits").glob("*.targets.1.json")), process)
+    process.send_signal(signal.SIGSTOP)
+    before = files(cli.folder / "two")
+    assert "somebody is at work here" in cli(*ABANDON, code=3).stderr
+    assert files(cli.folder / "two") == before
+    process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.communicate()
+    cli(*ABANDON)
+    cli("verify", "two")
+
+
+def test_what_is_sealed_cannot_be_given_up(cli: Cli) -> None:
+    cli(*APPEND)
+    before = files(cli.folder / "two")
+    assert "nothing was appended" in cli(*ABANDON).stdout
+    assert files(cli.folder / "two") == before
+    (cli.folder / "two" / "CURRENT").unlink()
+    assert "is not sealed" in cli(*ABANDON, code=3).stderr
+    assert files(cli.folder / "two") == before
+    assert "Missing argument 'PIPELINE'" in cli("append", "--cache", "two", code=2).stderr
+
+
+def half_appended(store: Store) -> Plan:
+    """Fill a store with a sealed cache of twelve rows to which eight are being appended; the plan of all."""
+    base = a_plan()
+    digest = store.put_plan(base)
+    for item in base.items():
+        put_item(store, base, digest, item)
+    seal(base, digest, store)
+    train = Split(rows=20, views=2, unit_rows=4, labels=None, cuts=(12,))
+    plan = base.model_copy(update={"splits": {"train": train}, "parents": (digest,)})
+    store.put_plan(plan, digest)
+    go_on(store, plan)
+    return plan
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> tuple[Store, Plan]:
+    store = Store(LocalStorage(tmp_path, sync=False))
+    return store, half_appended(store)
+
+
+def go_on(store: Store, plan: Plan) -> None:
+    for item in plan.items():
+        put_item(store, plan, str(store.put_plan(plan, plan.parents[-1])), item)
+
+
+class Dying(LocalStorage):
+    """Is killed when it has removed or moved so many files."""
+
+    left = 0
+
+    def remove(self, name: str) -> None:
+        self._step()
+        super().remove(name)
+
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        self._step()
+        return super().swap(name, expected, data)
+
+    def _step(self) -> None:
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_giving_up_dies_anywhere_and_what_is_there_can_be_given_up_or_gone_on_with(tmp_path: Path, again: bool) -> None:
+    """Eight commits and two pages of keys are removed and PLAN is moved: a kill before each of these."""
+    for steps in range(11):
+        root = tmp_path / str(steps)
+        store = Store(LocalStorage(root, sync=False))
+        plan = half_appended(store)
+        dying = Dying(root, sync=False)
+        dying.left = steps
+        with pytest.raises(Killed):
+            abandon(Store(dying))
+        assert verify(store).ok
+        if again:
+            assert len(abandon(store)) == max(0, 8 - steps)
+            assert store.plan_digest() == plan.parents[0] and len(names(root)) == 12 + 3 + 1
+        else:
+            go_on(store, plan)
+            seal(plan, str(store.plan_digest()), store)
+        assert verify(store).ok and len(open_cache(root).table("train")) == (12 if again else 20)
+
+
+def test_an_append_to_a_bucket_is_given_up(tmp_path: Path) -> None:
+    store = open_store(f"memory:/{tmp_path}", create=True)
+    plan = half_appended(store)
+    assert len(abandon(store)) == 8 and verify(store).ok
+    assert store.plan_digest() == plan.parents[0] and len(list(store.storage.list("keys"))) == 3
+
+
+class Overtaken(LocalStorage):
+    def swap(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        super().replace(name, b"0" * 64 + b"\n")
+        return super().swap(name, expected, data)
+
+
+def test_giving_up_moves_no_pointer_that_somebody_else_moved(tmp_path: Path, half: tuple[Store, Plan]) -> None:
+    store, _ = half
+    with pytest.raises(Mismatch, match="meanwhile"):
+        abandon(Store(Overtaken(tmp_path, sync=False)))
+    assert store.plan_digest() == "0" * 64
+
+
+def test_only_what_has_grown_out_of_what_is_sealed_is_given_up(tmp_path: Path, half: tuple[Store, Plan]) -> None:
+    store, _ = half
+    store.storage.remove("PLAN")
+    store.put_plan(a_plan("parquet"))
+    before = files(tmp_path)
+    with pytest.raises(Corrupt, match="PLAN has not grown out of the plan that is sealed"):
+        abandon(store)
+    assert files(tmp_path) == before
+
+
+def test_what_a_writer_commits_that_has_not_noticed_is_given_up_as_well(cli: Cli) -> None:
+    two = cli.folder / "two"
+    plan, there = (two / "PLAN").read_bytes(), names(two)
+    begun(cli)
+    (two / "PLAN").write_bytes(plan)
+    (two / "commits" / "train-v000007-00000000.targets.json").write_text("of no unit, and of no plan")
+    assert "append --cache two --abandon" in cli("repair", "two", code=4).stderr
+    cli(*ABANDON)
+    assert names(two) == {*there, "commits/train-v000007-00000000.targets.json"}
+    cli("repair", "two")
+    cli("verify", "two")
+
+
+def test_only_to_what_is_whole_is_appended(cli: Cli) -> None:
+    commit = cli.folder / "two" / "commits" / "train-v000000-00000001.targets.json"
+    commit.unlink()
+    assert f"{commit.name} is missing" in cli(*APPEND, code=4).stderr
+    cli("repair", "two")
+    cli(*APPEND)
+
+
 # Breaking it --------------------------------------------------------------------------------------
 
 
@@ -320,10 +565,52 @@ def test_a_plan_that_was_put_back_in_the_middle_of_an_append_is_not_mended(cli: 
     assert files(cli.folder / "two") == before
 
 
-def test_a_forged_commit_comes_into_no_new_manifest(cli: Cli) -> None:
-    from ensemble_distill.store import records
-    from ensemble_distill.store.store import open_store
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_pointer_that_is_lost_names_the_plan_that_was_appended_under(cli: Cli, sealed: bool) -> None:
+    current = (cli.folder / "two" / "CURRENT").read_text()
+    append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
+    cli(*append)
+    plan, content = (cli.folder / "two" / "PLAN").read_text(), open_cache(cli.folder / "two").content_digest
+    if not sealed:
+        (cli.folder / "two" / "CURRENT").write_text(current)
+        (cli.folder / "two" / "commits" / "train-v000000-00000002.targets.1.json").unlink()
+    (cli.folder / "two" / "PLAN").unlink()
+    assert "PLAN is lost" in cli(*append, code=4).stderr
+    cli("repair", "two")
+    assert (cli.folder / "two" / "PLAN").read_text() == plan
+    cli(*append)
+    cli("verify", "two")
+    assert open_cache(cli.folder / "two").content_digest == content
 
+
+def test_a_pointer_that_is_lost_before_anything_was_appended_names_what_is_sealed(cli: Cli) -> None:
+    plan = (cli.folder / "two" / "PLAN").read_text()
+    append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
+    cli(*append)
+    (cli.folder / "two" / "CURRENT").write_text(f"{open_cache(cli.folder / 'two').manifest().parent}\n")
+    for commit in (cli.folder / "two" / "commits").glob("*.targets.1.json"):
+        commit.unlink()
+    (cli.folder / "two" / "PLAN").unlink()
+    cli("repair", "two", "two.py", "--set", MEMBERS)
+    assert (cli.folder / "two" / "PLAN").read_text() == plan
+    cli("verify", "two")
+    cli(*append)
+
+
+def test_of_two_plans_beyond_what_is_sealed_none_is_guessed(half: tuple[Store, Plan]) -> None:
+    store, plan = half
+    other = plan.model_copy(update={"capture": plan.capture.model_copy(update={"batch_size": 5})})
+    store.put_plan(other)
+    unit = plan.unit_name(plan.units - 1)
+    moved = store.commit(unit).model_copy(update={"plan": sha256(records.dump(other))})
+    store.storage.replace(f"commits/{unit}.json", records.seal(moved))
+    store.storage.remove("PLAN")
+    with pytest.raises(Corrupt, match="its commits are of 2 plans beyond the one that is sealed"):
+        repair(store, lambda: verify(store))
+    assert store.plan_digest() is None
+
+
+def test_a_forged_commit_comes_into_no_new_manifest(cli: Cli) -> None:
     store = open_store(cli.folder / "two")
     unit = next(u for u in store.committed() if u.startswith("train"))
     forged = store.commit(unit).model_copy(update={"content": "0" * 64})
@@ -338,6 +625,98 @@ def test_a_forged_commit_comes_into_no_new_manifest(cli: Cli) -> None:
     assert files(cli.folder / "two").items() >= before.items()
     cli("repair", "two", "two.py", "--set", MEMBERS)
     cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_pipeline_of_before_an_append_repairs_nothing_and_drops_nothing(cli: Cli, finished: bool) -> None:
+    two, current = cli.folder / "two", (cli.folder / "two" / "CURRENT").read_text()
+    cli("append", "digits.py", "--cache", "two", "--set", MEMBERS)
+    if not finished:
+        (two / "CURRENT").write_text(current)
+    damaged = "train-v000000-00000002.targets.1" if not finished else "train-v000000-00000002.targets"
+    flip(shard_of(two, damaged))
+    before = files(two) | {"CURRENT": (two / "CURRENT").read_bytes()}
+    stderr = cli("repair", "two", "two.py", "--set", MEMBERS, code=3).stderr
+    assert "holds" in stderr or "members" in stderr
+    assert files(two) | {"CURRENT": (two / "CURRENT").read_bytes()} == before
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    cli("verify", "two", "--deep")
+
+
+@pytest.mark.parametrize("harm", ["lost", "short"])
+def test_a_shard_that_is_lost_or_cut_comes_into_no_new_manifest(cli: Cli, harm: str) -> None:
+    two = cli.folder / "two"
+    path = shard_of(two, "train-v000000-00000001.targets")
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "short":
+        path.write_bytes(data[:-1])
+    before = files(two)
+    append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
+    for command in (append, ["cache", "two.py", "--out", "two", "--set", MEMBERS], ["seal", "two"]):
+        stderr = cli(*command, code=4).stderr
+        assert "(unit train-v000000-00000001.targets): " in stderr and "`ensemble-distill repair`" in stderr
+    assert files(two) == before, "nothing was captured for it"
+    cli("repair", "two", "two.py", "--set", MEMBERS)
+    cli(*append)
+    cli("verify", "two")
+
+
+OLD = "train-v000000-00000001.targets"  # of members a and b, to which c is appended
+
+
+def lied(commit: Commit) -> Commit:
+    """Its statistics, of another ensemble."""
+    return commit.model_copy(update={"statistics": {**(commit.statistics or {}), "names": ["a", "z", "ensemble"]}})
+
+
+def test_forged_statistics_of_what_was_there_before_come_into_no_new_manifest(cli: Cli) -> None:
+    store = open_store(cli.folder / "two")
+    current = store.current()
+    store.storage.replace(f"commits/{OLD}.json", records.seal(lied(store.commit(OLD))))
+    assert f"unit {OLD}: statistics that do not add up" in cli(*APPEND, code=4).stderr
+    assert store.current() == current
+    assert OLD in cli("verify", "two", code=4).stdout
+    cli("repair", "two")
+    cli(*APPEND)
+    cli("verify", "two")
+
+
+def test_forged_statistics_of_earlier_groups_are_told_by_verify(cli: Cli) -> None:
+    """In a manifest that somebody made who knew the formats."""
+    cli(*APPEND)
+    store = open_store(cli.folder / "two")
+    current = str(store.current())
+    manifest = store.manifest(current)
+    plan = store.plan(manifest.plan, Plan)
+    commits = [lied(c) if c.unit == OLD else c for c in store.page(manifest.pages[0], plan.page_limit(0)).commits]
+    page = store.put_page([records.dump(commit) for commit in commits])
+    store.storage.replace(f"commits/{OLD}.json", records.seal(lied(store.commit(OLD))))
+    store.put_manifest(manifest.model_copy(update={"pages": (page,)}), current)
+    stdout = cli("verify", "two", code=4).stdout
+    assert f"unit {OLD}: statistics that do not add up (expected predictors ['a', 'b', 'ensemble'])" in stdout
+
+
+def test_a_parent_whose_figures_are_not_those_of_its_commits_is_told(cli: Cli) -> None:
+    store = open_store(cli.folder / "two")
+    before = str(store.current())
+    figures = json.loads(json.dumps(store.manifest(before).statistics))
+    figures["test"]["predictors"]["a"]["nll"] *= 2
+    forged = store.put_manifest(store.manifest(before).model_copy(update={"statistics": figures}), before)
+    cli(*APPEND)
+    stdout = cli("verify", "two", code=4).stdout
+    assert f"manifests/{forged}.json: its manifest's statistics is not what its commits add up to" in stdout
+
+
+def test_statistics_of_units_that_are_being_appended_are_looked_at(cli: Cli) -> None:
+    current = (cli.folder / "two" / "CURRENT").read_text()
+    cli(*APPEND)
+    (cli.folder / "two" / "CURRENT").write_text(current)
+    store = open_store(cli.folder / "two")
+    store.storage.replace(f"commits/{OLD}.1.json", records.seal(lied(store.commit(f"{OLD}.1"))))
+    assert f"unit {OLD}.1: statistics that do not add up" in cli("verify", "two", code=4).stdout
+    cli("repair", "two", "digits.py", "--set", MEMBERS)
+    cli("verify", "two")
 
 
 CUSTOM = 'transforms=(ed.Custom(name="dim", slots=0, function=lambda x, u: x // {}),)'
@@ -378,9 +757,6 @@ def test_junk_among_the_manifests_is_no_parent(cli: Cli) -> None:
 
 def test_nobody_seals_a_plan_that_has_grown_meanwhile(cli: Cli) -> None:
     from ensemble_distill.cache.commits import committed_units, held_plan
-    from ensemble_distill.errors import Mismatch
-    from ensemble_distill.recording.seal import seal
-    from ensemble_distill.store.store import open_store
 
     store = open_store(cli.folder / "two")
     plan, digest = held_plan(store), str(store.plan_digest())
@@ -421,6 +797,8 @@ def test_a_parent_that_is_damaged_is_told_and_left(cli: Cli) -> None:
     digest = open_cache(cli.folder / "two").digest
     flip(cli.folder / "two" / "manifests" / f"{parent}.json")
     assert parent in cli("verify", "two", code=4).stdout
+    stdout = cli("repair", "two").stdout
+    assert "left: " in stdout and parent in stdout and "nothing is damaged that is in force" in stdout
     flip(shard_of(cli.folder / "two", "train-v000000-00000001.targets.1"))
     cli("repair", "two", "digits.py", "--set", MEMBERS)
     assert open_cache(cli.folder / "two").content_digest and open_cache(cli.folder / "two").digest != digest

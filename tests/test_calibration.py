@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import Cli, flip, load_module
+from conftest import Cli, flip, load_module, shard_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -154,6 +154,23 @@ def test_a_copy_has_the_calibration_and_gc_leaves_it(cli: Cli) -> None:
     assert open_cache(cli.folder / "copied").calibration() == open_cache(cli.folder / "tuned").calibration()
     flip(next((cli.folder / "copied" / "calibrations").iterdir()))
     assert "calibrations/" in cli("verify", "copied", code=4).stdout
+
+
+def test_a_calibration_that_is_lost_is_the_file_to_restore(cli: Cli) -> None:
+    """It cannot be mended, so nothing else is dropped before it is there again."""
+    cli(*CALIBRATE)
+    root = cli.folder / "tuned"
+    path = next((root / "calibrations").iterdir())
+    record = path.read_bytes()
+    path.unlink()
+    flip(shard_of(root, "test-v000000-00000001.targets"))
+    before = sorted(file.name for file in root.rglob("*"))
+    error = cli("repair", "tuned", "digits.py", "--set", "calibrate=held_out", code=4).stderr
+    assert f"→ restore calibrations/{path.name} from a copy of the cache" in error and "PLAN" not in error
+    assert sorted(file.name for file in root.rglob("*")) == before
+    path.write_bytes(record)
+    cli("repair", "tuned", "digits.py", *CALIBRATE[-2:])
+    cli("verify", "tuned")
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,15 @@ def test_what_set_says_comes_last(cli: Cli) -> None:
 
 def test_repair_captures_with_the_options_that_it_is_given(cached: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(shard_of(cached.folder / "cache", "train-v000000-00000004.targets"))
-    held: list[Any] = []
-    monkeypatch.setattr("ensemble_distill.cli.recording.record", lambda *args: held.extend(args))
+    held: dict[str, list[Any]] = {}
+    for name in ("prepared", "run"):
+        monkeypatch.setattr(
+            f"ensemble_distill.cli.recording.{name}", lambda *args, name=name, **_: held.update({name: args})
+        )
     monkeypatch.setattr("ensemble_distill.cli.console.logging.basicConfig", lambda **_: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "pipeline", None)
     args = [str(cached.folder / "cache"), str(cached.folder / "digits.py"), "--workers", "3", "--batch-size", "5"]
     CliRunner().invoke(repair.command, args, catch_exceptions=False)
-    assert held[4] == dataclasses.replace(DEFAULTS["common"], workers=3, batch_size=5)
-    assert held[2].batch_size == 5
+    assert held["prepared"][4] == dataclasses.replace(DEFAULTS["common"], workers=3, batch_size=5)
+    assert held["prepared"][2].batch_size == 5 and held["run"][3] == 3

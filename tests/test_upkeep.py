@@ -32,7 +32,7 @@ from ensemble_distill.store import records
 from ensemble_distill.store.leases import Leases, lease_storage
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Commit
-from ensemble_distill.store.store import Store
+from ensemble_distill.store.store import Store, open_store
 
 # Many writers ---------------------------------------------------------------------------------------
 
@@ -124,6 +124,63 @@ def test_repair_without_a_pipeline_says_what_is_left_to_do(cached: Cli) -> None:
     cached(*CACHE)
     cached(*VERIFY)
     assert "nothing is damaged" in cached("repair", "cache").stdout
+
+
+@pytest.mark.parametrize("pipeline", [(), ("digits.py",)])
+def test_a_pointer_to_the_plan_that_is_lost_is_put_back(cached: Cli, pipeline: tuple[str, ...]) -> None:
+    root = cached.folder / "cache"
+    plan, current = (root / "PLAN").read_text(), (root / "CURRENT").read_text()
+    (root / "plans" / f"{'0' * 64}.json").write_text("{}")  # so that it is not the only one
+    (root / "PLAN").unlink()
+    for command in (VERIFY, TRAIN, CACHE, ("gc", "cache"), ("seal", "cache"), ("copy", "cache", "there")):
+        process = cached(*command, code=4)
+        refused(process, "cache/PLAN is lost")
+        assert "`ensemble-distill repair cache` puts it back" in process.stderr
+    assert "restored: PLAN" in cached("repair", "cache", *pipeline).stdout
+    assert ((root / "PLAN").read_text(), (root / "CURRENT").read_text()) == (plan, current)
+    cached(*VERIFY)
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "manifests/*", "plans/*"])
+def test_a_pointer_to_the_plan_is_not_guessed(cached: Cli, name: str) -> None:
+    """Two plans, and what would tell which of them is sealed is damaged as well."""
+    root = cached.folder / "cache"
+    flip(only(root, name))
+    (root / "plans" / f"{'0' * 64}.json").write_text("{}")
+    (root / "PLAN").unlink()
+    refused(cached("repair", "cache", "digits.py", code=4), "PLAN is damaged, and there are 2 plans")
+    assert not (root / "PLAN").exists()
+
+
+def test_what_is_no_cache_is_not_repaired(cached: Cli) -> None:
+    refused(cached("repair", ".", code=3), "is no cache")
+    refused(cached("repair", "nowhere", code=2), "no such directory")
+
+
+def test_a_bucket_whose_plan_is_lost_is_no_new_one(tmp_path: Path) -> None:
+    place = f"memory:/{tmp_path}"
+    store, plan = open_store(place, create=True), a_plan()
+    digest = store.put_plan(plan)
+    put_item(store, plan, digest, next(plan.items()))
+    store.storage.remove("PLAN")
+    for create in (False, True):
+        with pytest.raises(Corrupt, match="PLAN is lost"):
+            open_store(place, create=create)
+    assert repair(open_store(place, mend=True), lambda: verify(store)).restored == ["PLAN"]
+    assert open_store(place).plan_digest() == digest
+
+
+def test_a_pipeline_that_did_not_make_the_cache_is_refused_before_anything_is_dropped(cached: Cli) -> None:
+    root = cached.folder / "cache"
+    flip(shard_of(root, "test-v000000-00000001.targets"))
+    cached.change('("a", "b", "c")', '("a", "b")', to="two.py")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    refused(cached("repair", "cache", "two.py", code=3), "members")
+    refused(cached("repair", "cache", "digits.py", "--views", 3, code=3), "views")
+    refused(cached("repair", "cache", "nothing.py", code=2), "nothing.py")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    cached("repair", "cache", "digits.py")
+    cached(*VERIFY)
 
 
 def never() -> Verdict:

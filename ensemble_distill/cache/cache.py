@@ -451,7 +451,10 @@ def _earlier(store: Store, manifest: str, expected: str | None) -> str:
     if not re.fullmatch("[0-9a-f]{64}", manifest) or store.storage.size(f"manifests/{manifest}.json") is None:
         raise Mismatch(f"{store.root} holds no manifest {manifest[:64]!r}", hint="`inspect` shows the digest in force")
     if expected not in (None, manifest):
-        raise Mismatch(f"{store.root}: manifest {manifest} was asked for, and {expected} is expected")
+        raise Mismatch(
+            f"{store.root}: manifest {manifest} is opened, and {expected} is expected",
+            hint="expect the digest that --manifest names, or that the run was trained from",
+        )
     return manifest
 
 

@@ -39,11 +39,7 @@ def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garb
 
     Mismatch while somebody is at work here, since what he has written and not yet committed looks the same.
     """
-    if live := [item for item in leases.live() if not _is_forgotten(store.storage, f"leases/{item}")]:
-        raise Mismatch(
-            f"{store.root}: somebody is at work here, on {len(live)} items, {live[0]} for one",
-            hint="wait for the capture, the copy or the seal to end, or stop it",
-        )
+    refuse_others(store, leases)
     plan = held_plan(store)  # without a plan that can be read nothing here is known to be garbage
     keep = set(_reachable(store, plan))
     names = [name for folder in (*FOLDERS, "leases") for name in store.storage.list(folder) if name not in keep]
@@ -52,6 +48,15 @@ def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garb
     for folder in ("", "keys", "commits", *FOLDERS, "leases"):
         names += store.storage.temporaries(folder)
     return list(_old(store.storage, sorted(names), time.time() - older_than))
+
+
+def refuse_others(store: Store, leases: Leases, own: str = "") -> None:
+    """Mismatch while somebody is at work here, as leases say; ``own`` is that of the caller."""
+    if live := [item for item in leases.live() if item != own and not _is_forgotten(store.storage, f"leases/{item}")]:
+        raise Mismatch(
+            f"{store.root}: somebody is at work here, on {len(live)} items, {live[0]} for one",
+            hint="wait for the capture, the copy or the seal to end, or stop it",
+        )
 
 
 def _is_forgotten(storage: Storage, name: str) -> bool:

@@ -107,18 +107,28 @@ def plan_in_force(store: Store) -> tuple[Plan, str]:
     return held, digest
 
 
-def check_sealed(store: Store, current: str) -> None:
-    """Corrupt for a committed unit of another content than was sealed: it must not come into a new manifest."""
+def check_sealed(store: Store, current: str, complete: bool = False) -> None:
+    """Corrupt for a committed unit of another content than was sealed: it must not come into a new manifest.
+
+    And for one whose shard is gone or of another size; its bytes are not read, which would take as long as `verify`.
+    ``complete``: and where one is not committed any more.
+    """
     manifest = store.manifest(current)
     plan = store.plan(manifest.plan, Plan)
     sealed = Commits(store, plan, manifest)
 
     def check(number: int) -> None:
         unit = plan.unit_name(number)
-        if store.is_committed(unit):
-            found, meant = store.commit(unit), sealed.at(number)
-            if (found.content, found.keys) != (meant.content, meant.keys):
-                raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
+        if not store.is_committed(unit):
+            if complete:
+                raise Corrupt(f"{store.root}/commits/{unit}.json is missing", hint=MEND)
+            return
+        found, meant = store.commit(unit), sealed.at(number)
+        if (found.content, found.keys) != (meant.content, meant.keys):
+            raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
+        if (size := store.storage.size(f"objects/{found.object}")) != found.size:
+            held = "not there" if size is None else f"{size} bytes, expected {found.size}"
+            raise Corrupt(f"{store.root}/objects/{found.object} (unit {unit}): {held}", hint=MEND)
 
     for _ in prefetch((partial(check, number) for number in range(plan.units)), READERS):
         pass

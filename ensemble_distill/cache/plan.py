@@ -88,6 +88,11 @@ def _fields_of(codecs: dict[str, AnyCodec]) -> tuple[FieldSpec, ...]:
     )
 
 
+def _members(group: Group) -> tuple[str, ...]:
+    codec = group.codecs[MAIN]
+    return codec.members if isinstance(codec, Members) else ()
+
+
 def field_name(head: str, array: str) -> str:
     return f"{head}/{array}" if array else head
 
@@ -309,6 +314,13 @@ class Plan(Config):
     def predictors(self) -> tuple[str, ...]:
         """Whom statistics are about: the members, and the ensemble last."""
         return (*(member.name for member in self.capture.members), "ensemble")
+
+    def predictors_by(self, group: str) -> tuple[str, ...]:
+        """The same when this group of predictions was captured, before the members of later groups were appended."""
+        said = self.said
+        first = [g.name for g in said].index(group) + 1
+        later = {name for g in said[first:] for name in _members(g)}
+        return tuple(name for name in self.predictors if name not in later)
 
     @property
     def commit_bytes(self) -> int:

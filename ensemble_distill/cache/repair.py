@@ -17,18 +17,22 @@ from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store, page_of
 
 READERS = 4
+# Damage for which units are dropped that are sealed, or of a cache that is not.
+OF_UNITS = ("shard", "commit", "keys")
 
 
 @dataclass
 class Mended:
     """What a repair did: units dropped, files written again from copies, and how many units are missing now.
 
-    failed: what could not be done, in words, by name.
+    left: what is damaged of what is not in force any more, in words: nothing here can mend it. failed: what could not
+    be done, in words, by name.
     """
 
     dropped: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     missing: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -54,8 +58,10 @@ class Mended:
             )
 
 
-def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
+def repair(store: Store, check: Callable[[], Verdict], begin: Callable[[], object] = lambda: None) -> Mended:
     """Act on what ``check`` (a ``verify``) finds. A cache that lacks units afterwards is not sealed: capture goes on.
+
+    ``begin`` is called before a unit is dropped; what it raises ends the repair, with nothing dropped.
 
     Commits that are not the sealed ones go first, while the seal is in force: without it nobody could tell. Raises
     Corrupt where the plan itself is damaged, for then nobody knows what the rest means; StorageError, at the end,
@@ -65,7 +71,7 @@ def repair(store: Store, check: Callable[[], Verdict]) -> Mended:
     _mend_pointer(store, mended)
     _restore_commits(store, mended)
     mended.check(store.root)
-    while _mend(store, check(), mended):
+    while _mend(store, check(), mended, begin):
         pass  # a check gives up its list where that grows long; the rest is found in the next round
     mended.check(store.root)
     mended.missing = int((~committed_units(store, held_plan(store))).sum())
@@ -102,11 +108,13 @@ def _differs(store: Store, unit: str, sealed: Commit) -> tuple[str, bytes] | Non
     return name, data
 
 
-def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
+def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], object]) -> bool:
     """Act on one list of what is wrong; whether there may be more, and this round was of use."""
     before = mended.files
-    if lost := [str(damage) for damage in verdict.damaged if damage.kind == "plan"]:
-        raise Corrupt(f"{lost[0]}: this cannot be mended", hint="restore PLAN and plans/ from a copy of the cache")
+    if lost := [damage for damage in verdict.damaged if damage.kind in ("plan", "calibration")]:
+        raise Corrupt(f"{lost[0]}: this cannot be mended", hint=_to_restore(lost[0], store.root))
+    if any(damage.kind in ("appended", *OF_UNITS) for damage in verdict.damaged):
+        begin()
     for damage in verdict.damaged:
         if damage.kind == "stray":
             with mended.attempt(mended.removed, damage.name):
@@ -115,12 +123,24 @@ def _mend(store: Store, verdict: Verdict, mended: Mended) -> bool:
             with mended.attempt(mended.dropped, str(damage.unit)):
                 _drop(store, str(damage.unit))
     # What a manifest was appended to is no part of it: nobody but a copy can restore it.
+    mended.left = [str(damage) for damage in verdict.damaged if damage.kind == "parent"]
     rest = [damage for damage in verdict.damaged if damage.kind not in ("stray", "appended", "parent")]
     if rest:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
         _drop_damaged(store, rest, mended)
     return verdict.more and mended.files > before
+
+
+def _to_restore(damage: Damage, root: str) -> str:
+    """What a user can do about damage that nothing in the cache can mend."""
+    if damage.kind == "calibration":
+        return f"restore {damage.name} from a copy of the cache"
+    if damage.name:  # a commit of a plan that has grown out of PLAN's
+        return (
+            f"restore PLAN from a copy, or give up what was appended: ensemble-distill append --cache {root} --abandon"
+        )
+    return "restore PLAN and plans/ from a copy of the cache"
 
 
 def _drop_damaged(store: Store, damaged: list[Damage], mended: Mended) -> None:
@@ -130,7 +150,7 @@ def _drop_damaged(store: Store, damaged: list[Damage], mended: Mended) -> None:
             split, page = page_of(str(damage.unit))
             with mended.attempt(mended.removed, f"keys/{split}-{page:08d}"):
                 store.lose_keys(split, page, damage.keys)
-    for unit in sorted({d.unit for d in damaged if d.unit and d.kind in ("shard", "commit", "keys")}):
+    for unit in sorted({d.unit for d in damaged if d.unit and d.kind in OF_UNITS}):
         with mended.attempt(mended.dropped, unit):
             _drop(store, unit)
 
@@ -148,35 +168,60 @@ def _drop(store: Store, unit: str) -> None:
                 store.storage.remove(f"objects/{name}")
 
 
-def _rolled_back(store: Store) -> str | None:
-    """The digest of the plan that is sealed, where PLAN is lost or names one that this has grown out of."""
-    with contextlib.suppress(Corrupt, Unsafe):
-        current = store.current()
-        sealed = store.manifest(current).plan if current is not None else None
-        if sealed is not None:
-            parents = store.plan(sealed, Plan).parents
-            try:
-                held = store.plan_digest()
-            except Corrupt:
-                held = None
-            return sealed if parents and (held is None or held in parents) else None
-    return None
-
-
 def _mend_pointer(store: Store, mended: Mended) -> None:
-    """PLAN, where it is lost or damaged and the only plan there is tells what it said."""
-    plans = list(store.storage.list("plans"))
-    if (sealed := _rolled_back(store)) is not None:
-        store.storage.replace("PLAN", f"{sealed}\n".encode())
-        mended.restored.append("PLAN")
+    """PLAN, where it is lost, damaged or put back to a plan that was grown out of, and the cache itself tells it."""
+    held, sealed = _held(store), _sealed_plan(store)
+    if held is not None and (sealed is None or held not in sealed[1].parents):
         return
-    with contextlib.suppress(Corrupt):
-        digest = store.plan_digest()
-        if digest is not None and f"plans/{digest}.json" in plans:
-            return
-    if len(plans) != 1:
-        raise Corrupt(f"{store.root}/PLAN is damaged, and there are {len(plans)} plans to choose from")
-    digest = plans[0].removeprefix("plans/").removesuffix(".json")
+    if sealed is not None:
+        digest = _appended_to(store, *sealed)
+    elif len(plans := list(store.storage.list("plans"))) == 1:
+        digest = plans[0].removeprefix("plans/").removesuffix(".json")
+    else:
+        raise Corrupt(
+            f"{store.root}/PLAN is damaged, and there are {len(plans)} plans to choose from",
+            hint="restore PLAN from a copy of the cache",
+        )
     store.plan(digest, Plan)  # a plan that is damaged too must not become the one in force
     store.storage.replace("PLAN", f"{digest}\n".encode())
     mended.restored.append("PLAN")
+
+
+def _held(store: Store) -> str | None:
+    """What PLAN says, if that is a plan that is there."""
+    with contextlib.suppress(Corrupt):
+        digest = store.plan_digest()
+        if digest is not None and store.storage.size(f"plans/{digest}.json") is not None:
+            return digest
+    return None
+
+
+def _sealed_plan(store: Store) -> tuple[str, Plan] | None:
+    """The plan of the manifest in force, where CURRENT, the manifest and the plan can be read."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        if (current := store.current()) is not None:
+            digest = store.manifest(current).plan
+            return digest, store.plan(digest, Plan)
+    return None
+
+
+def _appended_to(store: Store, digest: str, sealed: Plan) -> str:
+    """The digest of the plan under which units beyond the sealed plan were committed; without any, the sealed one's."""
+    found = {plan for unit in store.committed() if (plan := _plan_beyond(store, sealed, unit)) is not None}
+    larger = [plan for plan in found if digest in store.plan(plan, Plan).parents]
+    if len(larger) > 1:
+        raise Corrupt(
+            f"{store.root}/PLAN is damaged, and its commits are of {len(larger)} plans beyond the one that is sealed",
+            hint="restore PLAN from a copy of the cache",
+        )
+    return larger[0] if larger else digest
+
+
+def _plan_beyond(store: Store, sealed: Plan, unit: str) -> str | None:
+    """The plan that a unit was committed under which the sealed one has not; None for a commit that cannot be read."""
+    with contextlib.suppress(Corrupt):
+        sealed.unit_number(unit)
+        return None
+    with contextlib.suppress(Corrupt, Unsafe):
+        return store.commit(unit).plan
+    return None

@@ -21,10 +21,11 @@ MAX_VALUES, MAX_PROVENANCE, MAX_TIME = 1000, 16384, 64
 
 
 class _State(NamedTuple):
-    """The statistics of a unit."""
+    """The statistics of a unit, and the group of predictions that it belongs to."""
 
     unit: str
     item: WorkItem
+    group: str
     statistics: Mapping[str, Any]
 
 
@@ -37,7 +38,7 @@ class Sums:
     def __init__(self, plan: Plan, root: str) -> None:
         self._plan, self._root = plan, root
         self._content = hashlib.sha256(plan.content_header())
-        self._tallies: dict[str, Tally] = {}
+        self._tallies: dict[tuple[str, str], Tally] = {}  # by split and group of predictions
         self._waiting: list[_State] = []
         self._provenance = _Provenance()
         self.units = self._size = 0
@@ -57,11 +58,12 @@ class Sums:
         """Corrupt for a commit that ``add`` refuses, now or when it sums what waits."""
         self._add_provenance(_Provenance(), item.unit(group), commit)
         if states := self._states(item, group, commit):
-            self._merge(self._empty(), states)
+            self._merge(self._empty(group.name), states)
 
     def manifest(self, plan_digest: str, pages: tuple[str, ...], parent: str | None = None) -> Manifest:
         """The manifest of all that was added; ``parent``: that of what it was added to."""
         self._flush()
+        last = self._plan.said[-1].name  # those of earlier groups are of the ensemble before members were appended
         return Manifest(
             plan=plan_digest,
             pages=pages,
@@ -69,7 +71,7 @@ class Sums:
             units=self.units,
             rows=self._plan.rows,
             bytes=self._size,
-            statistics={split: tally.report() for split, tally in self._tallies.items()},
+            statistics={split: tally.report() for (split, group), tally in self._tallies.items() if group == last},
             provenance=self._provenance.report(),
             parent=parent,
         )
@@ -89,15 +91,13 @@ class Sums:
         if MAIN not in group.codecs:
             problem = f"{self._root}: unit {unit}: statistics that do not add up (they belong to {TARGETS!r})"
             raise Corrupt(problem, hint=MEND)
-        if group.name != self._plan.said[-1].name:
-            return []  # of the ensemble before members were appended
-        return [_State(unit, item, commit["statistics"])]
+        return [_State(unit, item, group.name, commit["statistics"])]
 
     def _flush(self) -> None:
         """Sum what waits: many at once, for there may be a million."""
-        for split in dict.fromkeys(state.item.split for state in self._waiting):
-            states = [state for state in self._waiting if state.item.split == split]
-            self._merge(self._tallies.setdefault(split, self._empty()), states)
+        for split, group in dict.fromkeys((state.item.split, state.group) for state in self._waiting):
+            states = [state for state in self._waiting if (state.item.split, state.group) == (split, group)]
+            self._merge(self._tallies.setdefault((split, group), self._empty(group)), states)
         self._waiting = []
 
     def _merge(self, tally: Tally, states: list[_State]) -> None:
@@ -106,12 +106,12 @@ class Sums:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             if len(states) > 1:
                 for state in states:
-                    self._merge(self._empty(), [state])
+                    self._merge(self._empty(state.group), [state])
             problem = f"{self._root}: unit {states[0].unit}: statistics that do not add up ({error})"
             raise Corrupt(problem, hint=MEND) from error
 
-    def _empty(self) -> Tally:
-        return Tally.empty(self._plan.predictors, len(self._plan.reading.classes))
+    def _empty(self, group: str) -> Tally:
+        return Tally.empty(self._plan.predictors_by(group), len(self._plan.reading.classes))
 
 
 class _Provenance:

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.commits import check_layout, check_plan, held_plan, plan_in_force
+from ensemble_distill.cache.commits import Commits, check_layout, check_plan, held_plan, plan_in_force
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
@@ -30,10 +30,10 @@ MOST_DAMAGE = 1000
 class Damage:
     """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
 
-    kind: plan, manifest (also CURRENT and pages), parent (of the manifest), keys, commit (gone or wrong), commit copy
-    (it differs from the sealed one), shard, appended (any of a unit that is not sealed yet), stray (it lies among the
-    commits and is of no unit). name: of a stray, the file. keys: of a page of keys, the SHA-256 that it was committed
-    with.
+    kind: plan, calibration (that the plan names), manifest (also CURRENT and pages), parent (of the manifest), keys,
+    commit (gone or wrong), commit copy (it differs from the sealed one), shard, appended (any of a unit that is not
+    sealed yet), stray (it lies among the commits and is of no unit). name: of a stray or a calibration, the file. keys:
+    of a page of keys, the SHA-256 that it was committed with.
     """
 
     problem: str
@@ -94,11 +94,13 @@ def verify(
 Check = Callable[[], tuple[int, Damage | None]]
 
 
-def _check(kind: str, unit: str | None, look: Callable[[], int], keys: str = "") -> tuple[int, Damage | None]:
+def _check(
+    kind: str, unit: str | None, look: Callable[[], int], keys: str = "", name: str = ""
+) -> tuple[int, Damage | None]:
     try:
         return look(), None
     except Error as error:
-        return 0, Damage(str(error), kind, unit, isinstance(error, Unsafe), keys=keys)
+        return 0, Damage(str(error), kind, unit, isinstance(error, Unsafe), name, keys)
 
 
 def _checks(
@@ -109,8 +111,9 @@ def _checks(
     except Error as error:
         verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
-    if plan.capture.calibration is not None:
-        yield partial(_check, "plan", None, partial(_calibration, store, plan.capture.calibration))
+    if (fitted := plan.capture.calibration) is not None:
+        look = partial(_calibration, store, fitted)
+        yield partial(_check, "calibration", None, look, name=f"calibrations/{fitted}.json")
     keys: dict[tuple[str, int], str] = {}
     own, foreign, sums = 0, [], Sums(plan, store.root)
     for number, commit, problem in _commits(store, verdict, plan, digest, trusted):
@@ -197,15 +200,14 @@ def _strays(store: Store, plan: Plan) -> Iterator[Damage]:
         try:
             plan.unit_number(unit_of(name))
         except Error as error:
-            kind = "plan" if _of_a_larger_plan(store, name) else "stray"
+            kind = "plan" if of_a_larger_plan(store, str(store.plan_digest()), unit_of(name)) else "stray"
             yield Damage(f"{store.root}/{name}: {error}", kind, name=name)
 
 
-def _of_a_larger_plan(store: Store, name: str) -> bool:
-    """Whether a stray is a unit of a plan that has grown out of PLAN's: then it is PLAN that was put back."""
+def of_a_larger_plan(store: Store, digest: str, unit: str) -> bool:
+    """Whether a unit was committed under a plan that has grown out of this one: then it is PLAN that was put back."""
     with contextlib.suppress(Error):
-        larger = store.plan(store.commit(unit_of(name)).plan, Plan)
-        return store.plan_digest() in larger.parents
+        return digest in store.plan(store.commit(unit).plan, Plan).parents
     return False
 
 
@@ -228,12 +230,19 @@ def _same_sums(store: Store, digest: str, sums: Sums) -> int:
 
 
 def _parents(store: Store, digest: str) -> int:
-    """The manifests that this one was appended to, as far as they are there (a copy has none), with plans and pages."""
+    """The manifests that this one was appended to, as far as they are there (a copy has none): with their plans and
+    pages, and what the commits on these add up to."""
     size, parent = 0, store.manifest(digest).parent
     while parent is not None and store.storage.size(f"manifests/{parent}.json") is not None:
         manifest = store.manifest(parent)
         plan = store.plan(manifest.plan, Plan)
-        size += sum(len(records.dump(store.page(page, plan.page_limit(n)))) for n, page in enumerate(manifest.pages))
+        commits, sums = Commits(store, plan, manifest), Sums(plan, store.root)
+        for number in range(plan.units):
+            item, group = divmod(number, len(plan.groups))
+            sums.add(plan.item(item), plan.groups[group], vars(commits.at(number)))
+        if problem := contradiction(manifest, sums.manifest(manifest.plan, manifest.pages, manifest.parent)):
+            raise Corrupt(f"{store.root}/manifests/{parent}.json: {problem}")
+        size += sum(store.storage.size(f"pages/{page}.json") or 0 for page in manifest.pages)
         parent = manifest.parent
     return size
 
@@ -243,24 +252,27 @@ def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator
     held, digest = held_plan(store), str(store.plan_digest())
     if held.parents == sealed.parents:
         return
+    sums = Sums(held, store.root)
     for unit in store.committed():
         with contextlib.suppress(Corrupt):
             held.unit_number(unit)
-            if not _holds(sealed, unit):
-                yield partial(_check, "appended", unit, partial(_whole, store, held, digest, unit, deep))
+            if not holds(sealed, unit):
+                yield partial(_check, "appended", unit, partial(_whole, store, held, digest, sums, unit, deep))
 
 
-def _holds(plan: Plan, unit: str) -> bool:
+def holds(plan: Plan, unit: str) -> bool:
+    """Whether a plan has a unit of this name."""
     with contextlib.suppress(Corrupt):
         return plan.unit_number(unit) >= 0
     return False
 
 
-def _whole(store: Store, plan: Plan, digest: str, unit: str, deep: Sequence[DeepCheck]) -> int:
+def _whole(store: Store, plan: Plan, digest: str, sums: Sums, unit: str, deep: Sequence[DeepCheck]) -> int:
     """A unit's commit, its page of keys and its shard."""
     item, group = plan.locate(unit)
     commit = store.commit(unit)
     check_plan(commit, plan, digest, store.root)
+    sums.check(item, group, vars(commit))
     return _keys(store, item, commit.keys) + _object(store, commit, group, item, deep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import click
 
@@ -30,6 +31,8 @@ def command(
 ) -> None:
     """Score the student of a finished RUN: against the labels, and against the cached ensemble.
 
+    Where the run's cache has grown since, it is opened as it was when the run was trained.
+
     \b
     Example:
       ensemble-distill evaluate pipelines/fashion_mnist.py --run runs/a
@@ -41,9 +44,16 @@ def command(
     from ensemble_distill.config import suggestion
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
-    from ensemble_distill.evaluation.evaluate import check_same_cache, evaluate, load_student, run_cache, run_ensemble
+    from ensemble_distill.evaluation.evaluate import (
+        check_same_cache,
+        evaluate,
+        load_student,
+        run_cache,
+        run_ensemble,
+        run_manifest,
+    )
 
-    console = ui.Console(common.quiet)
+    console = ui.Console(common.quiet or as_json)
     loaded = Pipeline(pipeline)
     on = devices(common.device)[0]
     model = load_student(loaded.train(), run_path, on)
@@ -54,6 +64,11 @@ def command(
     path = cache_path or run_cache(run_path)
     if path is None and reading.expect_digest is not None:
         raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
+    if path is not None and cache_path is None and reading.manifest is None:
+        held = run_manifest(run_path, path)
+        if held is not None:
+            console.say(f"{path} has grown: opened as {run_path} was trained from it, manifest {held}")
+            reading = replace(reading, manifest=held)
     cache = opened(path, reading) if path else None
     if cache is not None:
         cache.check(data)
@@ -65,7 +80,7 @@ def command(
         model, splits[split], cache, split, on, batch_size=common.batch_size or 512, workers=common.workers
     )
     if cache is not None:
-        result["taught_by"] = cache.taught_by()
+        result |= {"manifest": cache.digest, "taught_by": cache.taught_by()}
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cli import console as ui
 from ensemble_distill.cli.options import Common
 from ensemble_distill.cli.pipeline import sources
 from ensemble_distill.cli.show import show_statistics, show_tail, show_taps
 from ensemble_distill.config import CacheConfig, DataConfig
 from ensemble_distill.device import devices
+from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.recording.capture import Progress, Recorder
 from ensemble_distill.recording.planning import prepare
+from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases, lease_storage
-from ensemble_distill.store.store import open_store
+from ensemble_distill.store.store import Store, open_store
+
+
+class Capture(NamedTuple):
+    """What a capture takes: the plan, the members that are loaded for it, what they are shown, and where it goes."""
+
+    plan: Plan
+    ensemble: Ensemble
+    splits: Mapping[str, Source]
+    store: Store
+    leases: Leases
+
+
+def prepared(
+    console: ui.Console, data: DataConfig, config: CacheConfig, out: str, common: Common, append: bool
+) -> Capture:
+    """A capture that may begin; Mismatch if the cache there was begun otherwise."""
+    splits = sources(data, common.limit)
+    store = open_store(out, create=not append)
+    leases = Leases(lease_storage(store.storage))
+    on = devices(common.device)
+    if config.calibrate is not None:
+        console.say(f"calibrating on {config.calibrate}, unless that was done already")
+    plan, ensemble = prepare(data, config, splits, store, leases, on, append, console.phase)
+    return Capture(plan, ensemble, splits, store, leases)
 
 
 def record(
@@ -28,15 +59,16 @@ def record(
 
     ``append``: to a sealed cache, what the pipeline has beyond it.
     """
-    splits = sources(data, common.limit)
-    store = open_store(out, create=not append)
-    leases = Leases(lease_storage(store.storage))
-    on = devices(common.device)
-    if config.calibrate is not None:
-        console.say(f"calibrating on {config.calibrate}, unless that was done already")
+    run(console, partial(prepared, console, data, config, out, common, append), out, common.workers, grace, units)
+
+
+def run(
+    console: ui.Console, begin: Callable[[], Capture], out: str, workers: int, grace: float, units: range | None = None
+) -> None:
+    """The same, of what ``begin`` prepares."""
     with ui.stoppable(grace) as stop:
         with console.live():
-            plan, ensemble = prepare(data, config, splits, store, leases, on, append, console.phase)
+            plan, ensemble, splits, store, leases = begin()
         where = ", ".join(map(str, dict.fromkeys(ensemble.devices)))
         console.say(f"members {', '.join(ensemble.names)}: eval mode, {plan.capture.precision} on {where}")
         show_tail(console, plan.capture)
@@ -45,7 +77,7 @@ def record(
         console.say(f"{plan.rows:,} rows, {plan.bytes_per_row} B each, {size} in {plan.units} units")
         recorder = Recorder(plan, ensemble, splits, store, leases)
         with console.live():
-            digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, common.workers, units)
+            digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, workers, units)
     done = recorder.progress
     if done.rows:
         took = f"{ui.duration(done.seconds_so_far)} ({done.rows_per_second:,.0f} rows/s; {done.shares})"

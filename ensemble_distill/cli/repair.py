@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from ensemble_distill.cli.options import Common, common, grace, settings
+
+if TYPE_CHECKING:
+    from ensemble_distill.cache.verify import Verdict
+    from ensemble_distill.cli.recording import Capture
 
 
 @click.command(name="repair")
@@ -26,7 +32,8 @@ def command(
 ) -> None:
     """Drop what is damaged in a CACHE, and capture exactly that again if PIPELINE is given.
 
-    Records that the cache holds twice are restored. Give the options that `cache` was given.
+    Records that the cache holds twice are restored. Give the options that `cache` was given, or those of the last
+    `append`. A pipeline that did not make the cache is refused before anything is dropped.
 
     \b
     Example:
@@ -39,15 +46,29 @@ def command(
     from ensemble_distill.store.store import open_store
 
     console = ui.Console(common.quiet)
-    store = open_store(cache, create=True)  # also where PLAN itself is lost
+    store = open_store(cache, mend=True)
 
     def report(files: int, damaged: int) -> None:
         console.progress(f"{files} files checked, {damaged} damaged")
 
+    @functools.cache
+    def begin() -> Capture:
+        """The capture of what is missing; Mismatch for a pipeline that did not make this cache."""
+        from ensemble_distill.cli.pipeline import Pipeline, overridden
+        from ensemble_distill.cli.recording import prepared
+
+        loaded, format = Pipeline(str(pipeline)), held_plan(store).format
+        config = overridden(loaded.cache(), settings, format=format, views=views, batch_size=common.batch_size)
+        return prepared(console, loaded.data(), config, cache, common, append=False)
+
+    def check() -> Verdict:
+        threads = os.cpu_count() or 1
+        return verify(store, lambda v: report(v.files, len(v.damaged)), threads, most=1 << 18)
+
     with ui.stoppable(grace), console.live():
-        workers = os.cpu_count() or 1
-        mended = repair(store, lambda: verify(store, lambda v: report(v.files, len(v.damaged)), workers, most=1 << 18))
-    for verb, names in (("restored", mended.restored), ("removed", mended.removed), ("dropped", mended.dropped)):
+        mended = repair(store, check, begin if pipeline is not None else lambda: None)
+    done = {"restored": mended.restored, "removed": mended.removed, "dropped": mended.dropped, "left": mended.left}
+    for verb, names in done.items():
         for name in names[:20]:
             console.say(f"{verb}: {name}")
         if len(names) > 20:
@@ -59,16 +80,14 @@ def command(
             f"capture the rest: ensemble-distill repair {cache} PIPELINE"
         )
     elif mended.missing:
-        from ensemble_distill.cli.pipeline import Pipeline, overridden
-        from ensemble_distill.cli.recording import record
+        from ensemble_distill.cli.recording import run
 
-        loaded = Pipeline(str(pipeline))
-        config = overridden(loaded.cache(), settings, format=plan.format, views=views, batch_size=common.batch_size)
-        record(console, loaded.data(), config, cache, common, grace)
+        run(console, begin, cache, common.workers, grace)
     elif store.current() is None:
         from ensemble_distill.recording.seal import seal
 
         digest = seal(plan, str(store.plan_digest()), store)
         console.say(f"{cache}: sealed again, manifest digest {digest}")
     else:
-        console.say(f"{cache}: {'all is as it was sealed' if mended.files else 'nothing is damaged'}")
+        state = "nothing is damaged that is in force" if mended.left else "nothing is damaged"
+        console.say(f"{cache}: {'all is as it was sealed' if mended.files else state}")

@@ -24,7 +24,7 @@ from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.store.store import is_url
+from ensemble_distill.store.store import is_url, open_store
 from ensemble_distill.targets import Targets
 
 
@@ -127,6 +127,15 @@ def check_same_cache(run: str | Path, cache: Cache) -> None:
         )
 
 
+def run_manifest(run: str | Path, place: str) -> str | None:
+    """The manifest that a run was trained from, where its cache holds more since and still has that one; or None."""
+    config, store = _config(run), open_store(place)
+    own, current = config["manifest"], store.current()
+    if not own or current in (None, own) or store.manifest(str(current)).content_digest == config["cache_content"]:
+        return None
+    return str(own) if store.storage.size(f"manifests/{own}.json") is not None else None
+
+
 def run_ensemble(run: str | Path) -> EnsembleConfig:
     """The ensemble that a run was taught by, where it chose another than the captured one."""
     return EnsembleConfig.model_validate(_config(run)["train"].get("ensemble", {}))
@@ -135,7 +144,7 @@ def run_ensemble(run: str | Path) -> EnsembleConfig:
 def _config(run: str | Path) -> dict[str, Any]:
     try:
         value = json.loads((Path(run) / "config.json").read_bytes())
-        return {name: value[name] for name in ("cache", "cache_content", "train")}
+        return {name: value[name] for name in ("cache", "cache_content", "manifest", "train")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
 

@@ -116,13 +116,14 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
         )
     digest = store.manifest(current).plan
     base = store.plan(digest, Plan)
-    check_sealed(store, current)
+    check_sealed(store, current, complete=True)
     result = _with_renderings(base, grown(base, digest, plan, sources, store.root), store.root)
     result = with_held_audit(held, result) if held != base else result
     if held not in (base, result):
         raise Mismatch(
             f"{store.root}: something else is being appended to it, and is not complete",
-            hint="run `ensemble-distill append` with the pipeline that it was begun with, to its end",
+            hint="run `ensemble-distill append` with the pipeline that it was begun with, to its end, or give that up: "
+            f"ensemble-distill append --cache {store.root} --abandon",
         )
     return result
 

@@ -146,12 +146,15 @@ def _process(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def at_work(storage: Storage, kind: str) -> Iterator[None]:
-    """While inside, a lease ``kind-…`` says that somebody writes here, for whom nothing may be taken for garbage."""
-    leases = Leases(lease_storage(storage))
-    leases.claim(f"{kind}-{secrets.token_hex(8)}")
+def at_work(storage: Storage, kind: str) -> Iterator[str]:
+    """While inside, a lease ``kind-…`` says that somebody writes here, for whom nothing may be taken for garbage.
+
+    Gives its name.
+    """
+    leases, name = Leases(lease_storage(storage)), f"{kind}-{secrets.token_hex(8)}"
+    leases.claim(name)
     with leases.renewing():
-        yield
+        yield name
 
 
 def lease_storage(storage: Storage) -> Storage:

@@ -319,14 +319,24 @@ def open_storage(place: str | Path) -> Storage:
     return LocalStorage(place)
 
 
-def open_store(place: str | Path, *, create: bool = False) -> Store:
-    """The store at a place; UsageError if there is none, Mismatch if something else is there."""
+def open_store(place: str | Path, *, create: bool = False, mend: bool = False) -> Store:
+    """The store at a place; UsageError if there is none, Mismatch if something else is there, Corrupt if PLAN is lost.
+
+    ``mend``: for those who put PLAN back.
+    """
     store = Store(open_storage(place))
     if isinstance(store.storage, LocalStorage):
-        _check_directory(store, store.storage.path, create)
-    elif not create and store.plan_digest() is None:
-        raise UsageError(f"{place} holds no cache: there is no PLAN", hint="make it with `ensemble-distill cache`")
+        _check_directory(store.storage.path, create, mend)
+    elif not mend and store.plan_digest() is None:
+        if store.current() is not None or next(store.committed(), None) is not None:
+            raise _lost(store.root)
+        if not create:
+            raise UsageError(f"{place} holds no cache: there is no PLAN", hint="make it with `ensemble-distill cache`")
     return store
+
+
+def _lost(root: str | Path) -> Corrupt:
+    return Corrupt(f"{root}/PLAN is lost", hint=f"`ensemble-distill repair {root}` puts it back")
 
 
 def trust(store: Store, expected: str | None) -> str | None:
@@ -343,24 +353,22 @@ def trust(store: Store, expected: str | None) -> str | None:
     return digest
 
 
-def _check_directory(store: Store, path: Path, create: bool) -> None:
+def _check_directory(path: Path, create: bool, mend: bool) -> None:
     if path.is_dir():
         try:
             held = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}", hint="check its permissions") from error
         # A first capture killed while it wrote its plan leaves plans/ (and calibrations/) and nothing else.
-        if "PLAN" not in held and not (create and held <= {"plans", "calibrations"}):
-            damaged = {"commits", "objects"} <= held
-            raise (
-                Corrupt(f"{path}/PLAN is missing", hint=MEND)
-                if damaged
-                else Mismatch(
-                    f"{path} is no cache: it has no PLAN",
-                    hint="choose an empty or a new directory"
-                    if create
-                    else "give the --out directory of `ensemble-distill cache`",
-                )
+        enough = mend and held & {"plans", "commits", "CURRENT"}
+        if "PLAN" not in held and not enough and not (create and held <= {"plans", "calibrations"}):
+            if {"commits", "objects"} <= held or "CURRENT" in held:
+                raise _lost(path)
+            raise Mismatch(
+                f"{path} is no cache: it has no PLAN",
+                hint="choose an empty or a new directory"
+                if create
+                else "give the --out directory of `ensemble-distill cache`",
             )
     elif path.exists():
         raise Mismatch(f"{path} is a file, expected a cache directory", hint="give a directory")
