@@ -12,14 +12,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from results import METRICS, PIPELINE, cpu, lines, version
+from results import METRICS, PIPELINE, command, cpu, lines, version
 
 PAGE, HEADING = Path("docs/results.md"), "## Views, shares and rules"
 SEEDS, VIEWS, ROWS, EPOCHS = 3, 16, 20_000, 16
@@ -38,12 +36,6 @@ def students(fitted: Sequence[str]) -> Students:
         "alone-1": ("student alone, 1 view", "alone", ("views=1",)),
         "alone-16": ("student alone, 16 views", "alone", ("views=16",)),
     }
-
-
-def command(*args: object, threads: int | None = None) -> str:
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    line = [sys.executable, "-m", "ensemble_distill", *map(str, args)]
-    return subprocess.run(line, check=True, stdout=subprocess.PIPE, env=env, text=True).stdout
 
 
 def capture(out: Path) -> Path:

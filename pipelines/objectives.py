@@ -14,8 +14,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ import numpy as np
 from scipy import stats
 
 import ensemble_distill as ed
-from results import METRICS, cpu, lines, version
+from results import METRICS, command, cpu, lines, version
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 PAGE, HEADING = Path("docs/results.md"), "## Objectives"
@@ -71,14 +69,9 @@ class Runner:
         self.out, self.jobs = out, jobs
         self.cache = out / "cache"
 
-    def command(self, *args: object, threads: int | None = None) -> str:
-        env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        line = [sys.executable, "-m", "ensemble_distill", *map(str, args)]
-        return subprocess.run(line, check=True, stdout=subprocess.PIPE, env=env, text=True).stdout
-
     def capture(self) -> None:
         where = ("--out", self.cache, "--limit", ROWS)
-        self.command("cache", HERE / "compose.py", *where, "--set", "precision=bf16")
+        command("cache", HERE / "compose.py", *where, "--set", "precision=bf16")
 
     def train(self, name: str, student: Student, seed: int) -> dict[str, Any]:
         """The last line of a run's metrics: the best epoch on the held-out images, and the scores on the test images.
@@ -89,7 +82,7 @@ class Runner:
         settings = (*student.settings(), f"seed={seed}", f"epochs={EPOCHS}", "precision=fp32")
         chosen = [part for setting in settings for part in ("--set", setting)]
         where = ("--cache", self.cache, "--out", run, "--limit", ROWS)
-        self.command("train", HERE / student.pipeline, *where, *chosen, threads=1)
+        command("train", HERE / student.pipeline, *where, *chosen, threads=1)
         line: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         print(f"{name}, seed {seed}: held out {line['best']['accuracy']:.2%}", flush=True)
         return line
@@ -104,9 +97,9 @@ class Runner:
         def both(seed: int) -> dict[str, Any]:
             first, second = self.out / f"stage1-{seed}", self.out / f"stage2-{seed}"
             where = ("--cache", self.cache, "--limit", ROWS, "--set", f"seed={seed}", "--set", "precision=fp32")
-            self.command("train", HERE / "hints.py:first", "--out", first, *where, threads=1)
+            command("train", HERE / "hints.py:first", "--out", first, *where, threads=1)
             from_it = ("--set", f"start={first}")
-            self.command("train", HERE / "hints.py:second", "--out", second, *where, *from_it, threads=1)
+            command("train", HERE / "hints.py:second", "--out", second, *where, *from_it, threads=1)
             print(f"two stages, seed {seed}", flush=True)
             line: dict[str, Any] = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])
             return line

@@ -30,6 +30,13 @@ STUDENTS = {
 }
 
 
+def command(*args: object, threads: int | None = None) -> str:
+    """What a command of ours prints; CalledProcessError if it fails."""
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    line = [sys.executable, "-m", "ensemble_distill", *map(str, args)]
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, env=env, text=True).stdout
+
+
 def train(variant: str, seed: int, cache: Path, out: Path, threads: int) -> dict[str, Any]:
     """One run; its test scores and the step it ended at."""
     run = out / f"{variant}-{seed}"
