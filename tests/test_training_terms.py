@@ -163,8 +163,14 @@ def test_a_run_goes_on_only_from_the_weights_that_it_began_with(tapped: Cli) -> 
     tapped(*train, "--out", "other", "--set", "seed=1")
     last = tapped.folder / "first" / "last.safetensors"
     last.write_bytes((tapped.folder / "other" / "last.safetensors").read_bytes())
+    damaged = tapped(*train, "--out", "second", "--set", "start=first", code=4).stderr
+    assert "not the weights that the run wrote" in damaged
+    (tapped.folder / "first").rename(tapped.folder / "gone")
+    (tapped.folder / "other").rename(tapped.folder / "first")
     error = tapped(*train, "--out", "second", "--set", "start=first", code=3).stderr
     assert "holds another run: its start" in error
+    (tapped.folder / "first" / "metrics.jsonl").write_text("")
+    assert "does not say" in tapped(*train, "--out", "new", "--set", "start=first", code=4).stderr
 
 
 def test_a_label_that_is_mixed_is_not_decoupled(parts: tuple[Any, ed.Cache], monkeypatch: pytest.MonkeyPatch) -> None:

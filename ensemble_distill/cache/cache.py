@@ -45,6 +45,8 @@ MIN_KEYS = 128 << 20
 COPIES_SIZE = 10_000_000_000
 log = logging.getLogger(__name__)
 
+LABEL_NATS, LABEL_SHARE = 0.25, 0.02
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -339,6 +341,29 @@ class Cache:
                 hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
 
+    def _prove_labels(self, targets: Targets, split: str, index: np.ndarray) -> None:
+        """Mismatch where the ensemble gave a label another probability than to the label that was captured with it.
+
+        ``check_labels`` compares all labels of a split at once; this finds some in a part of it.
+        """
+        labels, captured = targets.labels, targets.label_logprob
+        if labels is None or captured is None or targets.kind == "unbiased":
+            return
+        if targets.ids is None:
+            now = targets.logprobs.gather(1, labels[:, None])[:, 0]
+        else:  # a label that was not kept says nothing, and compares as no difference
+            now = (
+                torch.where(targets.ids == labels[:, None], targets.logprobs, torch.nan).nan_to_num(-torch.inf).amax(1)
+            )
+            now = torch.where(now.isneginf(), captured, now)
+        # Beyond what any codec rounds; a label that was not known is NaN, and compares as no difference.
+        if bool((other := (now - captured).abs() > LABEL_NATS + LABEL_SHARE * captured.abs()).any()):
+            raise Mismatch(
+                f"sample {int(index[int(other.int().argmax())])} of {split} has another label than when {self.root} "
+                "was captured",
+                hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
+            )
+
     def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
         """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
         table, own = self.table(split), []
@@ -352,6 +377,7 @@ class Cache:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = replace(self.targets_at(rows, view, split=split, taps=taps), labels=labels)
+        self._prove_labels(targets, split, index)
         inputs = render_inputs(inputs, keys, self._views, view)
         inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
         if partners is not None:

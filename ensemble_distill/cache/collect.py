@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from ensemble_distill.cache.commits import check_plan, held_plan
 from ensemble_distill.cache.plan import Plan
-from ensemble_distill.errors import Mismatch
+from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.storage import Storage
 from ensemble_distill.store.store import Store
 
@@ -65,7 +66,10 @@ def _is_forgotten(storage: Storage, name: str) -> bool:
     It is that of a machine that is gone, and nobody may ever take it over.
     """
     with contextlib.suppress(FileNotFoundError):
-        return isinstance(storage, LocalStorage) and (storage.path / name).lstat().st_mtime < time.time() - FORGOTTEN
+        # Either way: where a clock was wrong, it may say that it is renewed in years.
+        return (
+            isinstance(storage, LocalStorage) and abs((storage.path / name).lstat().st_mtime - time.time()) > FORGOTTEN
+        )
     return True
 
 
@@ -102,15 +106,33 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
             f"{store.root} was sealed, and CURRENT is gone: what its manifests need looks like garbage",
             hint="seal or repair it first",
         )
+    for later in sealed_since(store):  # CURRENT may have been put back, or its mover been killed
+        yield from _of_manifest(store, later, store.manifest(later))
     while current is not None:
         manifest = store.manifest(current)
-        sealed = store.plan(manifest.plan, Plan)
-        yield f"manifests/{current}.json"
-        yield f"plans/{manifest.plan}.json"
-        for n, page in enumerate(manifest.pages):
-            yield f"pages/{page}.json"
-            for commit in store.page(page, sealed.page_limit(n)).commits:
-                yield f"objects/{commit.object}"
+        yield from _of_manifest(store, current, manifest)
         current = manifest.parent  # what it was appended to can still be opened; a copy may lack it
         if current is not None and store.storage.size(f"manifests/{current}.json") is None:
             return
+
+
+def _of_manifest(store: Store, digest: str, manifest: Manifest) -> Iterator[str]:
+    """All that a manifest leads to."""
+    sealed = store.plan(manifest.plan, Plan)
+    yield f"manifests/{digest}.json"
+    yield f"plans/{manifest.plan}.json"
+    for n, page in enumerate(manifest.pages):
+        yield f"pages/{page}.json"
+        for commit in store.page(page, sealed.page_limit(n)).commits:
+            yield f"objects/{commit.object}"
+
+
+def sealed_since(store: Store) -> list[str]:
+    """The manifests that name the one in force as their parent: of appends that were sealed after it."""
+    current, found = store.current(), []
+    for name in store.storage.list("manifests") if current is not None else ():
+        digest = name.removeprefix("manifests/").removesuffix(".json")
+        with contextlib.suppress(Corrupt, Unsafe):
+            if store.manifest(digest).parent == current:
+                found.append(digest)
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, plan_in_force
 from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
+from ensemble_distill.fingerprint import KEY_BYTES
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.leases import at_work
@@ -118,7 +119,7 @@ def _held(origin: _Origin, target: Store, workers: int) -> np.ndarray:
 
 
 def _is_whole(origin: _Origin, target: Store, number: int) -> bool:
-    """Whether a unit's shard is there; Mismatch unless its commit is the source's."""
+    """Whether a unit's shard and page of keys are there, by their sizes; Mismatch unless its commit is the source's."""
     unit = origin.plan.unit_name(number)
     commit = target.commit(unit)
     if commit != origin.commit(number):
@@ -126,7 +127,9 @@ def _is_whole(origin: _Origin, target: Store, number: int) -> bool:
             f"{target.root} holds another capture of the same plan than {origin.store.root}: unit {unit} differs",
             hint="copy into an empty or a new directory",
         )
-    return target.storage.size(f"objects/{commit.object}") == commit.size
+    item, _ = origin.plan.locate(unit)
+    keys = target.storage.size(f"keys/{item.split}-{item.page:08d}") == item.rows * KEY_BYTES
+    return keys and target.storage.size(f"objects/{commit.object}") == commit.size
 
 
 def _unit(origin: _Origin, target: Store, number: int) -> int:

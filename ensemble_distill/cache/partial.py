@@ -9,6 +9,7 @@ import numpy as np
 
 from ensemble_distill.cache.commits import check_layout, check_plan
 from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem
+from ensemble_distill.errors import Corrupt
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 
@@ -54,6 +55,7 @@ class LooseCommits:
 
     def __init__(self, store: Store, plan: Plan, plan_digest: str) -> None:
         self._store, self._plan, self._digest = store, plan, plan_digest
+        self.root = store.root
 
     def get(self, item: WorkItem, group: Group) -> Commit:
         """The commit of a unit; Corrupt or Unsafe if it does not say what the plan does."""
@@ -64,12 +66,18 @@ class LooseCommits:
 
 
 def part_digest(plan: Plan, parts: dict[str, Part], commits: LooseCommits) -> str:
-    """SHA-256 of what is used: a run that is resumed must find the same, and a cache that has grown is another."""
+    """SHA-256 of what is used: a run that is resumed must find the same, and a cache that has grown is another.
+
+    Corrupt where two units of the same rows name different keys: one of them is of other samples.
+    """
     content = hashlib.sha256(b"part of " + plan.content_header())
+    keys: dict[tuple[str, int], str] = {}
     for item in plan.items():
         part = parts.get(item.split)
         if part is not None and item.view < part.views and part.pages[item.page]:
             for group in plan.groups:
                 commit = commits.get(item, group)
+                if keys.setdefault((item.split, item.page), commit.keys) != commit.keys:
+                    raise Corrupt(f"{commits.root}: unit {commit.unit} was captured of other samples than those before")
                 content.update(f"{commit.unit} {commit.content} {commit.keys}\n".encode())
     return content.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +72,7 @@ def repair(store: Store, check: Callable[[], Verdict], begin: Callable[[], objec
     _mend_pointer(store, mended)
     _restore_commits(store, mended)
     mended.check(store.root)
+    _remove_keys_of_nothing(store, mended)
     while _mend(store, check(), mended, begin):
         pass  # a check gives up its list where that grows long; the rest is found in the next round
     mended.check(store.root)
@@ -119,9 +121,7 @@ def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], ob
         if damage.kind == "stray":
             with mended.attempt(mended.removed, damage.name):
                 store.storage.remove(damage.name)
-        elif damage.kind == "appended":
-            with mended.attempt(mended.dropped, str(damage.unit)):
-                _drop(store, str(damage.unit))
+    _drop_units(store, {str(d.unit) for d in verdict.damaged if d.kind == "appended"}, mended)
     # What a manifest was appended to is no part of it: nobody but a copy can restore it.
     mended.left = [str(damage) for damage in verdict.damaged if damage.kind == "parent"]
     rest = [damage for damage in verdict.damaged if damage.kind not in ("stray", "appended", "parent")]
@@ -144,28 +144,59 @@ def _to_restore(damage: Damage, root: str) -> str:
 
 
 def _drop_damaged(store: Store, damaged: list[Damage], mended: Mended) -> None:
+    kept = set()
     for damage in damaged:
         if damage.kind == "keys":
             # Its unit is captured again, which writes the page too, of the same keys or not at all.
-            split, page = page_of(str(damage.unit))
-            with mended.attempt(mended.removed, f"keys/{split}-{page:08d}"):
-                store.lose_keys(split, page, damage.keys)
-    for unit in sorted({d.unit for d in damaged if d.unit and d.kind in OF_UNITS}):
+            page = page_of(str(damage.unit))
+            with mended.attempt(mended.removed, _keys_name(*page)):
+                store.lose_keys(*page, damage.keys)
+            if _keys_name(*page) in mended.failed:
+                kept.add(page)  # its commits alone still know which keys have to stand there
+    units = {d.unit for d in damaged if d.unit and d.kind in OF_UNITS}
+    _drop_units(store, {unit for unit in units if page_of(unit) not in kept}, mended)
+
+
+def _drop_units(store: Store, units: set[str], mended: Mended) -> None:
+    """Drop units; of a page of keys that no commit names any more, its digest is left to say which it has to be."""
+    left = Counter(page_of(unit) for unit in store.committed()) if units else Counter()
+    for unit in sorted(units):
+        page = page_of(unit)
+        left[page] -= 1
         with mended.attempt(mended.dropped, unit):
-            _drop(store, unit)
+            _drop(store, unit, left[page] < 1)
 
 
-def _drop(store: Store, unit: str) -> None:
+def _drop(store: Store, unit: str, last: bool) -> None:
     """The commit first: what has none does not exist, and its object may go if it is not whole."""
     names = []
-    with contextlib.suppress(Error):
-        names.append(store.commit(unit).object)
+    with contextlib.suppress(Corrupt, Unsafe):
+        commit = store.commit(unit)
+        names.append(commit.object)
+        if last:
+            store.lose_keys(*page_of(unit), commit.keys)
     store.storage.remove(f"commits/{unit}.json")
     for name in names:
         with contextlib.suppress(Corrupt, Unsafe):
             blocks = records.block_hashes(store.storage.read(f"objects/{name}", MAX_SHARD))
             if records.root_hash(blocks) != name.partition(".")[0]:
                 store.storage.remove(f"objects/{name}")
+
+
+def _keys_name(split: str, page: int) -> str:
+    return f"keys/{split}-{page:08d}"
+
+
+def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
+    """Pages of keys that were written before a commit that never came: nobody knows whether they are whole.
+
+    What says which keys a lost page has to have is left.
+    """
+    named = {_keys_name(*page_of(unit)) for unit in store.committed()}
+    for name in [name for name in store.storage.list("keys") if name not in named]:
+        if not store.says_lost(name):
+            with mended.attempt(mended.removed, name):
+                store.storage.remove(name)
 
 
 def _mend_pointer(store: Store, mended: Mended) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -14,18 +15,22 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache, read
 from ensemble_distill.config import EnsembleConfig, TrainConfig
 from ensemble_distill.device import place, upload
-from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import is_url, open_store
 from ensemble_distill.targets import Targets
+
+HEADER = 1 << 20  # bytes that a file of weights may hold beside them
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,13 @@ class _Plain:
 
 def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> nn.Module:
     """The run's exported student, in eval mode. UsageError if the run has none, Mismatch if it does not fit."""
-    path = Path(run) / "student.safetensors"
+    path, student = Path(run) / "student.safetensors", config.student()
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="finish the run: `ensemble-distill train` goes on with it")
-    data, expected = path.read_bytes(), _student_digest(Path(run))
+    most = HEADER + 2 * sum(t.numel() * t.element_size() for t in student.state_dict().values())
+    data, expected = LocalStorage(run).read(path.name, most), _student_digest(Path(run))
     if expected not in (None, sha256(data)):
         raise Corrupt(f"{path} is damaged: not the weights that the run exported")
-    student = config.student()
     try:
         student.load_state_dict(safetensors.torch.load(data))
     except (RuntimeError, SafetensorError) as error:
@@ -114,7 +119,7 @@ def _plain(source: Source, batch_size: int) -> Iterator[_Plain]:
 def run_cache(run: str | Path) -> str | None:
     """The cache that a run was trained from, if it is a bucket or its directory is still there."""
     place = str(_config(run)["cache"])
-    return place if is_url(place) or Path(place).is_dir() else None
+    return place if is_url(place) or os.path.isdir(place) else None  # noqa: PTH112 (false for a name too long)
 
 
 def check_same_cache(run: str | Path, cache: Cache) -> None:
@@ -138,21 +143,29 @@ def run_manifest(run: str | Path, place: str) -> str | None:
 
 def run_ensemble(run: str | Path) -> EnsembleConfig:
     """The ensemble that a run was taught by, where it chose another than the captured one."""
-    return EnsembleConfig.model_validate(_config(run)["train"].get("ensemble", {}))
+    try:
+        return EnsembleConfig.model_validate(_config(run)["train"].get("ensemble", {}))
+    except (ValidationError, AttributeError) as error:
+        raise Corrupt(f"{run}/config.json is damaged: it does not say by whom the student was taught") from error
 
 
 def _config(run: str | Path) -> dict[str, Any]:
     try:
-        value = json.loads((Path(run) / "config.json").read_bytes())
+        value = json.loads(LocalStorage(run).read("config.json"))
         return {name: value[name] for name in ("cache", "cache_content", "manifest", "train")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
 
 
 def _student_digest(run: Path) -> str | None:
-    """The SHA-256 of the exported weights, from the last line of the run's metrics."""
-    try:
-        digest = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["student"]
-    except (OSError, ValueError, KeyError, IndexError):
+    """The SHA-256 of the exported weights, from the last line of the run's metrics; None for a file of its own.
+
+    Corrupt for a run whose metrics do not say it.
+    """
+    storage = LocalStorage(run)
+    if not any(os.path.lexists(run / name) for name in ("metrics.jsonl", "config.json")):
         return None  # a student that was taken out of its run
-    return str(digest)
+    try:
+        return str(json.loads(storage.read("metrics.jsonl").splitlines()[-1])["student"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise Corrupt(f"{run / 'metrics.jsonl'} does not say which weights the run exported") from error

@@ -99,7 +99,7 @@ def prepare(
     if held is not None and (kept := with_held_audit(held, plan)) == held:
         plan = kept  # and not what is held, whose transforms have no functions
     elif held is not None:
-        if next(store.committed(), None) is not None or leases.live():
+        if store.current() is not None or next(store.committed(), None) is not None or leases.live():
             refuse_difference(held, plan, store.root)
         # Nothing was captured under it: another batch size or precision may be tried in the same place.
         store.drop_plan(str(store.plan_digest()))

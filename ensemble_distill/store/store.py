@@ -86,17 +86,21 @@ class Store:
     def put_keys(self, split: str, page: int, keys: np.ndarray) -> str:
         """Commit one page of the key table (uint8 [rows, 16]); Mismatch if another content stands there."""
         name, data = f"keys/{split}-{page:08d}", keys.tobytes()
-        if not self.storage.create(name, data) and (held := self.storage.read(name, max(len(data), LOST))) != data:
-            if (expected := _expected(held)) is not None:
-                if sha256(data) != expected:
-                    raise Mismatch(
-                        f"{self.root}/{name} was damaged, and the keys of these samples are not those that it held: "
-                        "the source has changed",
-                        hint="restore the source, or capture it as it is now into another directory",
-                    )
-                self.storage.replace(name, data)
-                return expected
-            witnesses = {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
+        if self.storage.create(name, data):
+            return sha256(data)
+        if self.storage.size(name) not in (len(data), LOST):
+            self._replace_keys(split, page, data)
+        held = self.storage.read(name, max(len(data), LOST))
+        if (expected := _expected(held)) is not None:
+            if sha256(data) != expected:
+                raise Mismatch(
+                    f"{self.root}/{name} was damaged, and the keys of these samples are not those that it held: "
+                    "the source has changed",
+                    hint="restore the source, or capture it as it is now into another directory",
+                )
+            self.storage.replace(name, data)
+        elif held != data:
+            witnesses = self._witnesses(split, page)
             if len(held) != len(data) or (witnesses and witnesses != {sha256(held)}):
                 raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
             old = np.frombuffer(held, np.uint8).reshape(-1, KEY_BYTES)
@@ -104,13 +108,30 @@ class Store:
             raise Mismatch(
                 f"{self.root}: sample {row} of page {page} of {split} has key {keys[row].tobytes().hex()}, "
                 f"but {old[row].tobytes().hex()} was captured before: the source has changed",
-                hint="capture the changed source into another directory",
+                hint="capture the changed source into another directory; if it has not changed, that page is damaged: "
+                "`ensemble-distill repair` removes it",
             )
         return sha256(data)
+
+    def _replace_keys(self, split: str, page: int, data: bytes) -> None:
+        """Write a page of keys over one of another size, as a kill or another size of units left it: Corrupt if a
+        commit names it."""
+        name = f"keys/{split}-{page:08d}"
+        if self._witnesses(split, page):
+            raise Corrupt(f"{self.root}/{name}: not the keys that were committed", hint=MEND)
+        self.storage.replace(name, data)
+
+    def _witnesses(self, split: str, page: int) -> set[str]:
+        """The digests that commits of this page say its keys have."""
+        return {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
 
     def lose_keys(self, split: str, page: int, digest: str) -> None:
         """In place of a damaged page of the key table: the SHA-256 of what has to stand there again."""
         self.storage.replace(f"keys/{split}-{page:08d}", f"lost {digest}\n".encode())
+
+    def says_lost(self, name: str) -> bool:
+        """Whether what stands at the name of a page of keys is what ``lose_keys`` left."""
+        return self.storage.size(name) == LOST and _expected(self.storage.read(name, LOST)) is not None
 
     def put_unit(
         self,

@@ -40,6 +40,7 @@ from ensemble_distill.training import checkpoint
 from ensemble_distill.training.checkpoint import State
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
+from ensemble_distill.training.start import LAST, start_file
 from ensemble_distill.weights import load_weights
 
 EVALUATION_BATCH = 512
@@ -178,8 +179,8 @@ class Run:
         return torch.stack([loss.detach(), *parts.values()]).double()
 
     def _finish(self) -> None:
-        weights = _weights(self.evaluated)
-        self.storage.replace("last.safetensors", weights)
+        weights = last = _weights(self.evaluated)
+        self.storage.replace(LAST, last)
         if self.best:
             weights = self.storage.read("best.safetensors", WEIGHTS)
             if sha256(weights) != self.best_sha256:
@@ -188,7 +189,7 @@ class Run:
         if len(self.objective.adapters):
             self.storage.replace("adapters.safetensors", _weights(self.objective.adapters))
         line: dict[str, Any] = {"epoch": self.config.epochs, "step": self.state["step"], "best": self.best}
-        line["student"] = sha256(weights)
+        line |= {"student": sha256(weights), "last": sha256(last)}
         if "test" in self.sources and "test" in self.cache.parts:
             final = copy.deepcopy(self.evaluated)
             final.load_state_dict(safetensors.torch.load(weights))
@@ -270,16 +271,8 @@ class Run:
         if not isinstance(student, nn.Module):
             raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
         if self.config.start is not None:
-            load_weights("start", student, self._start_file(self.config.start), "student()")
+            load_weights("start", student, start_file(self.config.start), "student()")
         self.student = place(student, self.device)
-
-    @staticmethod
-    def _start_file(start: Path) -> Path:
-        """The weights that a run begins with: of another run those after its last step, whichever did best."""
-        file = start / "last.safetensors"
-        if start.is_dir() and not file.exists():
-            raise UsageError(f"start: {start} holds no last.safetensors", hint="train that run to its end first")
-        return file if start.is_dir() else start
 
     def _build(self) -> None:
         has_labels = self.sources["train"].labels is not None
@@ -321,7 +314,7 @@ class Run:
             "cache_content": self.cache.content_digest,
         }
         if self.config.start is not None:
-            wanted["start"] = sha256(self._start_file(self.config.start).read_bytes())
+            wanted["start"] = sha256(start_file(self.config.start).read_bytes())
         root = self.storage.path
         if root.exists() and not root.is_dir():
             raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
@@ -352,7 +345,7 @@ class Run:
     def _read_config(self) -> dict[str, Any]:
         try:
             value = json.loads(self.storage.read("config.json"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: {error}") from error
         if not isinstance(value, dict):
             raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: no JSON object")
