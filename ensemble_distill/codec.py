@@ -174,6 +174,7 @@ class PartnerKey(Config):
 
 
 FeatureValues = Literal["fp16", "bf16", "int8"]
+Input = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)]  # of a source, by name
 MAX_FEATURE = 1 << 27
 
 
@@ -185,6 +186,11 @@ class Features(Config):
     channel (index of ``axis``), or one for a feature of one axis; an activation is q·s, |q| ≤ 127, off by at most s/2,
     where s is the channel's largest size over 127, rounded up.
     take, project: how the tap is taken, where that is more than the mean of a module's only output; for readers.
+
+    mask: where it names an input of the source, the feature is *ragged*: of tokens [T, D] those alone are kept that
+    this input [T] marks as real. A row has the bits of its mask, where its tokens begin among all those of its unit,
+    and for int8 a scale for each channel of these tokens; the tokens, D values each, stand one after another beside
+    the rows.
     """
 
     name: Literal["features"] = "features"
@@ -194,6 +200,7 @@ class Features(Config):
     axis: int = Field(0, ge=0, lt=6)
     take: Take | None = None
     project: Random | None = None
+    mask: Input | None = None
 
     @classmethod
     def of(cls, shape: tuple[int, ...], values: FeatureValues = "fp16", axis: int = 0, **how: Any) -> Features:
@@ -207,6 +214,8 @@ class Features(Config):
             raise ValueError("a feature has a width, or a shape of two axes or more")
         if math.prod(self.dims) > MAX_FEATURE or self.axis >= len(self.dims):
             raise ValueError(f"a feature of shape {list(self.dims)}, axis {self.axis} is more than can be kept")
+        if self.mask is not None and (len(self.shape) != 2 or self.axis != 1 or self.project is not None):
+            raise ValueError("a mask is for tokens [T, D], which are not projected and whose channels stand last")
         return self
 
     @model_serializer(mode="wrap")
@@ -221,10 +230,32 @@ class Features(Config):
         return self.shape or (self.width,)
 
     def arrays(self) -> Arrays:
+        """What stands in each row; of a ragged feature all but the tokens."""
+        if self.mask is None:
+            return self._whole()
+        scales = {name: array for name, array in self._whole().items() if name not in self.token()}
+        return {"mask": self._bits, "start": ("<u4", ()), **scales}
+
+    def token(self) -> Arrays:
+        """The one array of a token of a ragged feature; empty for others, which are kept whole."""
+        if self.mask is None:
+            return {}
+        name, (dtype, shape) = next(iter(self._whole().items()))
+        return {name: (dtype, shape[1:])}
+
+    def padded(self) -> Arrays:
+        """What a row is decoded from: what stands in it, but of a ragged feature with the tokens where they were."""
+        return self._whole() if self.mask is None else {"mask": self._bits, **self._whole()}
+
+    def _whole(self) -> Arrays:
         if self.values == "int8":
             scales = (self.shape[self.axis],) if self.shape else ()
             return {"codes": ("|i1", self.dims), "scale": ("<f2", scales)}
         return {"": ("<f2" if self.values == "fp16" else "<u2", self.dims)}
+
+    @property
+    def _bits(self) -> tuple[str, tuple[int, ...]]:
+        return "|u1", (math.ceil(self.dims[0] / 8),)
 
     @property
     def error(self) -> str:

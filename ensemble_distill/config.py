@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from ensemble_distill.codec import Dense, FeatureValues, HeadCodec, Members, TopK
+from ensemble_distill.codec import Dense, FeatureValues, HeadCodec, Input, Members, TopK
 from ensemble_distill.errors import UsageError
 from ensemble_distill.frozen import Config
-from ensemble_distill.reduction import Random, Take
+from ensemble_distill.reduction import Random, Take, title
 from ensemble_distill.terms import Term
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -225,13 +225,15 @@ class Tap(Take):
     """What is kept of a named module of a member: by default its output [B, C, ...], averaged to [B, C].
 
     ``name``: of the field, where that is not to be the module's. ``values``: how activations are stored. ``project``:
-    to fewer values, after the reduction.
+    to fewer values, after the reduction. ``mask``: the input of the source, bool or integer [B, T], that is non-zero on
+    the real tokens; of ``tokens`` these alone are kept.
     """
 
     member: Name
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=100)] | None = None
     values: FeatureValues = "fp16"
     project: Random | None = None
+    mask: Input | None = None
 
     @property
     def field(self) -> str:
@@ -241,6 +243,13 @@ class Tap(Take):
     def _short(self) -> Self:
         if len(self.field) > MAX_FIELD:
             raise ValueError(f"its field {self.field!r} is longer than {MAX_FIELD} characters: give it a name")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_tokens(self) -> Self:
+        if self.mask is not None and (self.reduction != "tokens" or self.project is not None):
+            other = "project" if self.reduction == "tokens" else f"reduction={title(self.reduction)!r}"
+            raise ValueError(f"mask={self.mask!r} is for reduction='tokens' without project, found {other}")
         return self
 
     @property

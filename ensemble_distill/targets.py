@@ -51,7 +51,8 @@ class Targets:
     log_z: [B, G], log Σ p^(1/T) over all classes for the ``temperatures``, where a codec kept it.
     entropy, mutual_information (nats), label_logprob (NaN without a label): [B]. labels: int64 [B], of the source that
     the batch was read from, or None.
-    features: [B, ...] by tap, as ``tap/<member>.<module>``.
+    features: [B, ...] by tap, as ``tap/<member>.<module>``. masks: of ragged ones, bool [B, T], true on the real
+    tokens; at the others the feature is zero.
     """
 
     logprobs: Tensor
@@ -66,6 +67,7 @@ class Targets:
     mutual_information: Tensor | None = None
     label_logprob: Tensor | None = None
     labels: Tensor | None = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -130,9 +132,12 @@ class Targets:
         def moved(value: object) -> object:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        features = {name: f.to(device, non_blocking=True) for name, f in self.features.items()}
+        by_tap = {
+            kind: {name: f.to(device, non_blocking=True) for name, f in getattr(self, kind).items()}
+            for kind in ("features", "masks")
+        }
         held = {f.name: moved(getattr(self, f.name)) for f in fields(self)}
-        return replace(self, **held | {"features": features})  # type: ignore[arg-type]
+        return replace(self, **held | by_tap)  # type: ignore[arg-type]
 
 
 def _lagrange(points: Sequence[float], near: Sequence[int], i: int, x: float) -> float:

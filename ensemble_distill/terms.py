@@ -166,7 +166,8 @@ class FeatureMatch(Adapted):
     """Pull a student's feature towards a cached tap (FitNets' hint with ``distance="l2"``).
 
     ``distance``: ``cosine``, ``l2`` (½ ‖t − s‖², of all of a row's feature), or a function of one's own, (student,
-    cached, weights) -> scalar, of two float32 [B, ...] of one shape and the rows' weights float32 [B] or None.
+    cached, weights) -> scalar, of two float32 [B, ...] of one shape and the rows' weights float32 [B] or None. Of a
+    ragged tap it is given a fourth argument: the mask bool [B, T], true on the real tokens.
     """
 
     kind: Literal["feature"] = "feature"

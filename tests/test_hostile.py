@@ -286,6 +286,7 @@ for field, values in {
     "offset": [-1, -(2**63), 2**20, 2**63, 2**64, 10**30, 1.0, "0", None],
     "stride": [0, -8, 1, 4, 2**40, 2**63, None],
     "fields": [[], ["tap/a.pool"], ["tap/b.pool", "tap/a.pool"], ["tap/a.pool"] * 2, ["x"], None, [["tap/a.pool"]]],
+    "count": [0, 4, -1, 2**62, 10**30, 1.0, "1", None],
 }.items():
     for i, value in enumerate(values):
         name = f"segment {field} {value} ({i})"
@@ -296,6 +297,8 @@ add("100,000 empty segments", segments(lambda found: found + [{"fields": [], "of
 add("an empty segment beside", segments(lambda found: found + [{"fields": [], "offset": 0, "stride": -1}]))
 SPLIT = [{"fields": [f"tap/{m}.pool"], "offset": 0, "stride": 4} for m in "ab"]
 add("segments that overlap", segments(lambda found: SPLIT), read=None, verify=None)
+TOKENS = {"fields": [], "offset": 0, "stride": 1, "count": 1}
+add("tokens of no field beside", segments(lambda found: [*found, TOKENS]))
 add("segments in another order", segments(lambda found: SPLIT[::-1]))
 for field, values in {
     "size": [-1, 0, 1, 2**40, 2**62, 10**30, 5.0],

@@ -20,12 +20,13 @@ from ensemble_distill.cache.audit import comparable, refuse_other_pixels
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
-from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name
+from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name, padded_arrays
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import Features, HeadCodec, Members, TopK
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.features import decode as decode_feature
+from ensemble_distill.codecs.features import mask_of
 from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
 from ensemble_distill.config import DataConfig, EnsembleConfig, ViewsConfig, difference, suggestion
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
@@ -234,15 +235,13 @@ class Cache:
     def _decoded(self, rows: np.ndarray, view: int, split: str, taps: Sequence[str]) -> Targets:
         arrays, codec = self._said(split, view, rows), self.head
         targets = decode(codec, arrays[MAIN], self.mixture)
-        features = {tap: self._feature(tap, split, view, rows) for tap in taps}
-        targets = replace(targets, features=features)
+        held = {tap: self._arrays(self.tap_group(tap), split, view, rows)[tap] for tap in taps}
+        features = {tap: decode_feature(self.tap_codec(tap), arrays) for tap, arrays in held.items()}
+        masks = {tap: mask_of(self.tap_codec(tap), arrays) for tap, arrays in held.items() if "mask" in arrays}
+        targets = replace(targets, features=features, masks=masks)
         if self.mixture != self.captured:
             return with_figures_of(targets, codec, arrays[MAIN], self.mixture)
         return with_figures(targets, arrays[ROW]) if ROW in arrays else targets
-
-    def _feature(self, tap: str, split: str, view: int, rows: np.ndarray) -> Tensor:
-        """A tap's features of these rows, float32 [B, ...]."""
-        return decode_feature(self.tap_codec(tap), self._arrays(self.tap_group(tap), split, view, rows)[tap])
 
     def tap_codec(self, tap: str) -> Features:
         """How a feature is kept: its shape, and how it was taken; UsageError as for ``tap_group``."""
@@ -435,7 +434,7 @@ class Cache:
         """The arrays of a group's rows, [B, …], by codec and name."""
         records = self._rows.gather(group, split, view, rows)
         return {
-            head: {name: torch.from_numpy(records[field_name(head, name)]) for name in codec.arrays()}
+            head: {name: torch.from_numpy(records[field_name(head, name)]) for name in padded_arrays(codec)}
             for head, codec in group.codecs.items()
         }
 

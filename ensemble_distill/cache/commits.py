@@ -150,17 +150,39 @@ def check_layout(commit: Commit, group: Group, item: WorkItem, where: str) -> No
         raise Corrupt(f"{where}: the commit of unit {commit.unit[:200]} stands where {unit}'s should")
     if commit.rows != item.rows:
         raise Corrupt(f"{where}: unit {unit} has {commit.rows} rows, expected {item.rows}")
-    fields = [name for segment in commit.segments for name in segment.fields]
-    if fields != [f.name for f in group.fields]:
-        raise Corrupt(f"{where}: unit {unit} holds {str(fields)[:200]}, expected {[f.name for f in group.fields]}")
-    dtype = group.dtype
-    most = item.rows * dtype.itemsize + OVERHEAD + OVERHEAD_FIELD * len(fields)
+    fields = [(name, segment.count is not None) for segment in commit.segments for name in segment.fields]
+    expected_fields = [(f.name, False) for f in group.fields] + [(f.name, True) for f in group.token_fields]
+    if fields != expected_fields:
+        names, expected_names = ([name for name, _ in pairs] for pairs in (fields, expected_fields))
+        raise Corrupt(f"{where}: unit {unit} holds {str(names)[:200]}, expected {expected_names}")
+    dtype, tokens = group.dtype, _tokens(commit, group, where)
+    most = item.rows * dtype.itemsize + tokens + OVERHEAD + OVERHEAD_FIELD * len(fields)
     if commit.size > most:
         raise Unsafe(f"{where}: unit {unit} would be a file of {commit.size} bytes, its rows need at most {most}")
     for segment in commit.segments:
+        if segment.count is not None:
+            continue
         whole = segment.fields == dtype.names
         expected = dtype.itemsize if whole else dtype[segment.fields[0]].itemsize if segment.fields else -1
         if segment.stride != expected or (len(segment.fields) != 1 and not whole):
             raise Unsafe(f"{where}: unit {unit}: stride {segment.stride}, expected {expected}")
         if segment.offset < 0 or segment.offset + item.rows * segment.stride > commit.size:
             raise Unsafe(f"{where}: unit {unit}: rows beyond the end of its file")
+
+
+def _tokens(commit: Commit, group: Group, where: str) -> int:
+    """The bytes that the tokens of a ragged unit may take in its file, their number against rows and plan."""
+    counted = [segment for segment in commit.segments if segment.count is not None]
+    if len(counted) != len(group.token_fields):
+        raise Corrupt(f"{where}: unit {commit.unit} has {len(counted)} tables of tokens")
+    if group.token is None:
+        return 0
+    (segment,), most = counted, commit.rows * group.most_tokens
+    assert segment.count is not None
+    if not 0 <= segment.count <= most:
+        raise Unsafe(f"{where}: unit {commit.unit} has {segment.count} tokens, its rows have at most {most}")
+    if segment.stride != group.token.itemsize or len(segment.fields) != 1:
+        raise Unsafe(f"{where}: unit {commit.unit}: stride {segment.stride}, expected {group.token.itemsize}")
+    if segment.offset < 0 or segment.offset + segment.count * segment.stride > commit.size:
+        raise Unsafe(f"{where}: unit {commit.unit}: tokens beyond the end of its file")
+    return segment.count * segment.stride + (segment.count + commit.rows) // 2  # and what Parquet says of lists

@@ -7,17 +7,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ensemble_distill.cache.plan import Group, Plan, field_name
+from ensemble_distill.cache.plan import Group, Plan, field_name, padded_arrays
+from ensemble_distill.cache.ragged import read_table
 from ensemble_distill.codec import Features, HeadCodec, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs.domain import BadRow, check_figures
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.heads import decode
 from ensemble_distill.errors import Corrupt
-from ensemble_distill.formats.layout import read_segments
 from ensemble_distill.mixture import Mixture
 from ensemble_distill.store.records import Commit
 
-ROWS = 4096
+ROWS, BYTES = 4096, 16 << 20  # at once: ragged rows may be far larger than they are in the shard
 
 
 class Decoder:
@@ -30,16 +30,17 @@ class Decoder:
         self._classes = len(reading.classes)
 
     def __call__(self, data: bytes, commit: Commit, group: Group, where: str) -> None:
-        records = read_segments(np.frombuffer(data, np.uint8), commit.rows, group.dtype, commit.segments)
-        for first in range(0, len(records), ROWS):
-            try:
-                self._decode(records[first : first + ROWS], group)
-            except BadRow as error:
-                raise Corrupt(f"{where}: its row {first + error.row}: {error.problem}") from error
+        first, step = 0, max(1, min(ROWS, BYTES // group.padded.itemsize))
+        try:
+            table = read_table(np.frombuffer(data, np.uint8), commit, group)
+            for first in range(0, commit.rows, step):
+                self._decode(table.take(np.arange(first, min(first + step, commit.rows))), group)
+        except BadRow as error:
+            raise Corrupt(f"{where}: its row {first + error.row}: {error.problem}") from error
 
     def _decode(self, records: np.ndarray, group: Group) -> None:
         for head, codec in group.codecs.items():
-            arrays = {name: torch.from_numpy(records[field_name(head, name)].copy()) for name in codec.arrays()}
+            arrays = {name: torch.from_numpy(records[field_name(head, name)].copy()) for name in padded_arrays(codec)}
             if isinstance(codec, Features):
                 decode_feature(codec, arrays)
             elif isinstance(codec, RowFigures):

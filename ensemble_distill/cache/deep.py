@@ -30,6 +30,7 @@ class Parser:
         asked = {
             "format": self._format,
             "dtype": [(f.name, f.dtype, f.shape) for f in group.fields],
+            "token": [(f.name, f.dtype, f.shape) for f in group.token_fields],
             "rows": commit.rows,
             "segments": [segment.model_dump() for segment in commit.segments],
             "size": len(data),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ensemble_distill.cache.renderings import Renderings
-from ensemble_distill.codec import AnyCodec, HeadCodec, Members, PartnerKey, TopK
+from ensemble_distill.codec import AnyCodec, Arrays, Features, HeadCodec, Members, PartnerKey, TopK
 from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
@@ -44,7 +44,7 @@ class FieldSpec(Config):
     """One named array of a row: numpy dtype (little-endian) and shape without the row axis."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_./]+$", max_length=200)
-    dtype: Literal["<f2", "<u2", "|i1", "|u1"]
+    dtype: Literal["<f2", "<u2", "<u4", "|i1", "|u1"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
 
 
@@ -68,29 +68,73 @@ class Group(Config):
         """The record of one row, padded as C would."""
         return np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
 
+    @cached_property
+    def ragged(self) -> Features | None:
+        """The codec of a ragged feature, which has a group for itself; None where rows are all that there is."""
+        codecs = [c for c in self.codecs.values() if isinstance(c, Features) and c.mask is not None]
+        return codecs[0] if codecs else None
+
+    @cached_property
+    def token_fields(self) -> tuple[FieldSpec, ...]:
+        """What a token of the ragged feature has: one array; empty without one."""
+        return () if self.ragged is None else _fields_of({next(iter(self.codecs)): self.ragged}, Features.token)
+
+    @cached_property
+    def token(self) -> np.dtype | None:
+        """The record of one token of the ragged feature."""
+        fields = [(f.name, f.dtype, f.shape) for f in self.token_fields]
+        return np.dtype(fields, align=True) if fields else None
+
+    @cached_property
+    def padded(self) -> np.dtype:
+        """The record of one row as readers are handed it: that of ``dtype``, or a ragged one with all its tokens."""
+        if self.ragged is None:
+            return self.dtype
+        fields = _fields_of({next(iter(self.codecs)): self.ragged}, Features.padded)
+        return np.dtype([(f.name, f.dtype, f.shape) for f in fields], align=True)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a row; 0 without a ragged feature."""
+        return 0 if self.ragged is None else self.ragged.dims[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes; at most, where it is ragged."""
+        return self.dtype.itemsize + (0 if self.token is None else self.most_tokens * self.token.itemsize)
+
     @model_validator(mode="after")
     def _bounded(self) -> Self:
         if self.fields != _fields_of(self.codecs):
             raise ValueError(f"the fields of group {self.name!r} are not the arrays of its codecs")
         if len({f.name for f in self.fields}) < len(self.fields):
             raise ValueError("two fields have the same name")
+        if self.ragged is not None and len(self.codecs) > 1:
+            raise ValueError(f"group {self.name!r} holds a ragged feature, and more")
         size = sum(math.prod(f.shape) * 8 for f in self.fields)
         if not 0 < size <= 8 * MAX_ROW_BYTES:
             raise ValueError(f"a row of group {self.name!r} would take {size} bytes")
         return self
 
 
-def _fields_of(codecs: dict[str, AnyCodec]) -> tuple[FieldSpec, ...]:
+def _fields_of(
+    codecs: Mapping[str, Any], arrays: Callable[[Any], Arrays] = lambda codec: codec.arrays()
+) -> tuple[FieldSpec, ...]:
     return tuple(
         FieldSpec(name=field_name(head, name), dtype=dtype, shape=shape)
         for head, codec in sorted(codecs.items())  # as canonical JSON has them
-        for name, (dtype, shape) in codec.arrays().items()
+        for name, (dtype, shape) in arrays(codec).items()
     )
 
 
 def _members(group: Group) -> tuple[str, ...]:
     codec = group.codecs[MAIN]
     return codec.members if isinstance(codec, Members) else ()
+
+
+def padded_arrays(codec: AnyCodec) -> Arrays:
+    """What a row is decoded from."""
+    return codec.padded() if isinstance(codec, Features) else codec.arrays()
 
 
 def field_name(head: str, array: str) -> str:
@@ -270,7 +314,7 @@ class Plan(Config):
         if self.mixes and not isinstance(self.group(TARGETS).codecs.get(PARTNER), PartnerKey):
             raise ValueError(f"its views mix samples, and group {TARGETS!r} holds no keys of partners")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
-        if rows * max(16, *(group.dtype.itemsize for group in self.groups)) > MAX_SHARD:
+        if rows * max(16, *(group.row_bytes for group in self.groups)) > MAX_SHARD:
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
         return self
 
@@ -432,7 +476,8 @@ class Plan(Config):
 
     @property
     def bytes_per_row(self) -> int:
-        return sum(group.dtype.itemsize for group in self.groups)
+        """At most, where there are ragged features."""
+        return sum(group.row_bytes for group in self.groups)
 
 
 def unit_rows(rows: int, row_bytes: int) -> int:

@@ -13,7 +13,7 @@ from ensemble_distill.cache.commits import Commits, check_layout, check_plan, he
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
-from ensemble_distill.formats.layout import read_segments
+from ensemble_distill.formats.layout import read_segments, read_tokens
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.records import PAGE_UNITS, Commit
@@ -294,8 +294,10 @@ def _object(store: Store, commit: Commit, group: Group, item: WorkItem, deep: Se
     check_layout(commit, group, item, store.root)
     data = store.object(commit)
     if deep:
-        rows = read_segments(np.frombuffer(data, np.uint8), commit.rows, group.dtype, commit.segments)
-        if records.content_hash(rows) != commit.content:
+        held = np.frombuffer(data, np.uint8)
+        rows = read_segments(held, commit.rows, group.dtype, commit.segments)
+        tokens = None if group.token is None else read_tokens(held, group.token, commit.segments)
+        if records.content_hash(rows, tokens) != commit.content:
             raise Corrupt(f"{store.root}: unit {commit.unit}: its content is not what its commit says")
         for look in deep:
             look(data, commit, group, f"{store.root}/objects/{commit.object} (unit {commit.unit})")

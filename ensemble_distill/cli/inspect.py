@@ -160,7 +160,15 @@ def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
         for head, codec in g.codecs.items()
         for name, (dtype, shape) in codec.arrays().items()
     ]
-    console.table(ui.table(f"fields: {plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields))
+    tokens = [
+        [f.name, f.dtype.lstrip("<|"), f"tokens×{f.shape[0]}", "features", g.name]
+        for g in plan.groups
+        for f in g.token_fields
+    ]
+    most, fields = "at most " if tokens else "", fields + tokens
+    console.table(
+        ui.table(f"fields: {most}{plan.bytes_per_row} B a row", ["", "dtype", "shape", "codec", "group"], fields)
+    )
     show_taps(console, plan)
     show_calibration(console, held.calibration())
     show_statistics(console, manifest.statistics)

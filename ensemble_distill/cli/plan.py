@@ -127,6 +127,7 @@ def _tap(tap: TapPrice) -> dict[str, Any]:
         "bytes_per_row": tap.bytes_per_row,
         "bytes": tap.bytes,
         "distortion": tap.distortion,
+        "tokens": tap.tokens,
     }
 
 
@@ -169,6 +170,8 @@ def _show(console: Console, found: PriceList) -> None:
         console.table(ui.table("", columns, [_tap_line(tap) for tap in found.taps]))
         if any(tap.distortion is not None for tap in found.taps):
             console.say("distances: how far a projection changes squared ones between rows, on average.")
+        if any(tap.tokens is not None for tap in found.taps):
+            console.say("~: an estimate, by the mean number of real tokens in the rows that were measured.")
         console.say("")
     console.say("KL (nats), TV: on the classes that are kept, all others as one. top-1: same likeliest class.")
     console.say("angle: of a student's gradient to that from all classes. epochs: until the cache is paid for.")
@@ -206,7 +209,11 @@ def _tap_line(tap: TapPrice) -> list[str]:
 
     shape = "×".join(map(str, tap.codec.dims))
     distortion = _figure(tap.distortion, "±{:.1%}")
-    return [tap.field, shape, tap.codec.values, f"{tap.bytes_per_row:,}", ui.size(tap.bytes), distortion]
+    about = ""
+    if tap.tokens is not None:
+        shape, about = f"~{tap.tokens:.1f} of {shape}", "~"
+    size = ui.size(tap.bytes)
+    return [tap.field, shape, tap.codec.values, f"{about}{tap.bytes_per_row:,}", f"{about}{size}", distortion]
 
 
 def _figure(value: float | None, form: str) -> str:

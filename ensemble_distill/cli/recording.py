@@ -74,7 +74,8 @@ def run(
         show_tail(console, plan.capture)
         show_taps(console, plan)
         size = ui.size(plan.rows * plan.bytes_per_row)
-        console.say(f"{plan.rows:,} rows, {plan.bytes_per_row} B each, {size} in {plan.units} units")
+        most = "at most " if any(group.ragged for group in plan.groups) else ""
+        console.say(f"{plan.rows:,} rows, {most}{plan.bytes_per_row} B each, {most}{size} in {plan.units} units")
         recorder = Recorder(plan, ensemble, splits, store, leases)
         with console.live():
             digest = recorder.run(lambda p: console.progress(_progress(p, plan.rows)), stop, workers, units)

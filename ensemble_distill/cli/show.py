@@ -133,6 +133,8 @@ def show_taps(console: Console, plan: Plan) -> None:
 
 def _taken(codec: Features, distortion: float | None) -> str:
     parts = [f"{title(codec.take.reduction)} of {codec.take.what}"] if codec.take else []
+    if codec.mask is not None:
+        parts.append(f"the real ones by {codec.mask!r}")
     if codec.project:
         parts.append(f"projected to {codec.project.dim} ({codec.project.kind}, seed {codec.project.seed})")
     if distortion is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ensemble_distill.codec import Features
 from ensemble_distill.codecs.domain import check_features, require
+from ensemble_distill.codecs.packing import pack_ids, unpack_ids
 from ensemble_distill.errors import InvalidOutput
 
 LEVELS = 127
@@ -19,8 +20,21 @@ _BEYOND = {
 }
 
 
-def encode(codec: Features, features_B: Tensor, tap: str = "a feature") -> dict[str, Tensor]:
-    """float32 [B, *dims] to the arrays of the codec; InvalidOutput, naming the tap, for what it would make infinite."""
+def encode(
+    codec: Features, features_B: Tensor, tap: str = "a feature", mask_BT: Tensor | None = None
+) -> dict[str, Tensor]:
+    """float32 [B, *dims] to the arrays of the codec; InvalidOutput, naming the tap, for what it would make infinite.
+
+    ``mask``: of a ragged feature, bool [B, T]. Its arrays are padded: the tokens are where they were, the others zero,
+    and what stood there is not looked at.
+    """
+    if codec.mask is None:
+        return _whole(codec, features_B, tap)
+    assert mask_BT is not None
+    return {"mask": pack_ids(mask_BT.long(), 2), **_whole(codec, features_B.masked_fill(~mask_BT[:, :, None], 0), tap)}
+
+
+def _whole(codec: Features, features_B: Tensor, tap: str) -> dict[str, Tensor]:
     if codec.values == "int8":
         arrays = _quantised(codec, features_B)
         finite = arrays["scale"].isfinite().all()
@@ -37,7 +51,7 @@ def encode(codec: Features, features_B: Tensor, tap: str = "a feature") -> dict[
 
 
 def decode(codec: Features, arrays: Mapping[str, Tensor]) -> Tensor:
-    """The arrays of a codec to float32 [B, *dims]; BadRow where one is not finite."""
+    """The (padded) arrays of a codec to float32 [B, *dims]; BadRow where one is not finite."""
     if codec.values == "fp16":
         features = arrays[""].float()
     elif codec.values == "bf16":
@@ -47,6 +61,11 @@ def decode(codec: Features, arrays: Mapping[str, Tensor]) -> Tensor:
         features = arrays["codes"].float() * spread(codec, arrays["scale"].float())
     check_features(features)
     return features
+
+
+def mask_of(codec: Features, arrays: Mapping[str, Tensor]) -> Tensor:
+    """The mask of a ragged feature, bool [B, T]."""
+    return unpack_ids(arrays["mask"], codec.dims[0], 2).bool()
 
 
 def _quantised(codec: Features, features_B: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,16 @@ class Outputs:
     """What the ensemble said about a batch, on the first device.
 
     logprobs: float32 [B, C]. members: float32 log-probabilities [B, C] of each, at its own temperature.
-    features: float32 [B, ...] by tap field. known: bool [B, C], the classes that all members told apart, whose
-    log-probabilities alone are known; None where all are, or are taken as even.
+    features: float32 [B, ...] by tap field. masks: bool [B, T] of those that are ragged.
+    known: bool [B, C], the classes that all members told apart, whose log-probabilities alone are known; None where all
+    are, or are taken as even.
     """
 
     logprobs: Tensor
     members: list[Tensor]
     features: dict[str, Tensor]
     known: Tensor | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Ensemble:
@@ -117,19 +119,22 @@ class Ensemble:
             combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)
         known = self._known(said, [self.names[i] for i in which])
-        return Outputs(combined, members, {name: f.to(first) for name, f in features.items()}, known)
+        features = {name: f.to(first) for name, f in features.items()}
+        return Outputs(combined, members, features, known, self._tapped.masks(inputs, features))
 
     def taps(self, inputs: Mapping[str, Tensor], members: Collection[str]) -> Outputs:
         """The features of these members alone; what they predict is left out."""
         raw = self._forward(inputs, [i for i, name in enumerate(self.names) if name in members])[1]
         features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
-        return Outputs(torch.empty(0), [], {name: f.to(self.devices[0]) for name, f in features.items()})
+        features = {name: f.to(self.devices[0]) for name, f in features.items()}
+        return Outputs(torch.empty(0), [], features, masks=self._tapped.masks(inputs, features))
 
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The taps of a few rows, to learn their shapes; from then on these, and what each ``gives``, are fixed."""
         said, raw = self._forward(inputs)
         self.gives = [s.gives for s in said]
         features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
+        self._tapped.masks(inputs, features)  # what is no mask is refused before anything is captured
         self._tapped.expect(features)
         return features
 

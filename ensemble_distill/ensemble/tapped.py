@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ensemble_distill.config import Tap
+from ensemble_distill.config import Tap, suggestion
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.projection import Projector, distortion
 
@@ -33,6 +33,14 @@ class Tapped:
             found[field] = self._projected(field, feature)
             self._check(field, found[field], rows)
         return found
+
+    def masks(self, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the ragged ones among the features [B, T, D]: which tokens are real, bool [B, T].
+
+        UsageError for an input that there is not, or that is no mask of these tokens.
+        """
+        masked = {field: str(self._taps[field].mask) for field in features if self._taps[field].mask is not None}
+        return {field: _mask(field, name, inputs, features[field]) for field, name in masked.items()}
 
     def distortions(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Of the projected ones, how far squared distances between rows change."""
@@ -62,3 +70,14 @@ class Tapped:
                 f"and {list(planned)} when the capture was planned",
                 hint="a cache keeps one shape for all rows: reduce it, as with pool",
             )
+
+
+def _mask(field: str, name: str, inputs: Mapping[str, Tensor], feature_BTD: Tensor) -> Tensor:
+    if name not in inputs:
+        raise UsageError(f"{field}: mask: the source has no input {name!r}{suggestion(name, inputs)}")
+    mask, wanted = inputs[name], list(feature_BTD.shape[:2])
+    if mask.is_floating_point() or mask.is_complex():
+        raise UsageError(f"{field}: mask: the input {name!r} is {mask.dtype}, expected bool or an integer type")
+    if list(mask.shape) != wanted:
+        raise UsageError(f"{field}: mask: the input {name!r} has shape {list(mask.shape)}, the tokens {wanted}")
+    return (mask != 0).to(feature_BTD.device)

@@ -3,7 +3,7 @@
 Reads requests from stdin and answers each with a line of JSON. Once the libraries are loaded it can open no file
 any more (an external link leads nowhere), and its memory is limited.
 
-    request: one line of JSON {format, dtype, rows, segments, size}, then ``size`` bytes
+    request: one line of JSON {format, dtype, token, rows, segments, size}, then ``size`` bytes
     answer:  {"problem": ""} or what is wrong
 """
 
@@ -31,10 +31,13 @@ def main(memory: int) -> None:
     while line := stream.readline():
         asked = json.loads(line)
         data = stream.read(asked["size"])
-        dtype = np.dtype([(n, d, tuple(s)) for n, d, s in asked["dtype"]], align=True)
+        dtype, token = (
+            np.dtype([(n, d, tuple(s)) for n, d, s in asked[kind]], align=True) if asked[kind] else None
+            for kind in ("dtype", "token")
+        )
         segments = [Segment(**segment) for segment in asked["segments"]]
         try:
-            problem = modules[asked["format"]].check(data, dtype, asked["rows"], segments)
+            problem = modules[asked["format"]].check(data, dtype, asked["rows"], segments, token)
         except Exception as error:  # whatever the library makes of it
             problem = f"{type(error).__name__}: {str(error)[:300]}"
         print(json.dumps({"problem": problem}), flush=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.partial import LooseCommits, whole
 from ensemble_distill.cache.plan import MAIN, Group, Plan, WorkItem, field_name
+from ensemble_distill.cache.ragged import Tokens, unpacked
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
@@ -193,6 +194,7 @@ class Recorder:
     def _check_space(self, span: range | None) -> None:
         items = self._todo(span)
         missing = ~self._done.reshape(-1, len(self.plan.groups))[items]
+        # Of ragged features the rows alone: nobody knows how many tokens there are.
         sizes = np.array([group.dtype.itemsize for group in self.plan.groups])
         needed = int((self.plan.item_rows()[items] * (missing @ sizes)).sum())
         free = self.store.storage.free()
@@ -293,8 +295,9 @@ class Recorder:
         for group in opened.groups:
             statistics = opened.tally.state() if group.name == self.plan.said[-1].name else None
             records, unit = opened.records[group.name], item.unit(group)
+            tokens = opened.tokens[group.name].table() if group.name in opened.tokens else None
             commit, first = self.store.put_unit(
-                self._digest, unit, records, self.plan.format, keys, statistics, self.provenance
+                self._digest, unit, records, self.plan.format, keys, statistics, self.provenance, tokens
             )
             self.progress.late += not (first or self._done[self.plan.unit_number(unit)])
             commits.append(commit)
@@ -334,6 +337,7 @@ class _OpenItem:
         self.tapped = {tap_member(head) for g in groups for head, c in g.codecs.items() if isinstance(c, Features)}
         # zeros: the padding inside records is part of what is hashed and committed
         self.records = {g.name: np.zeros(rows, g.dtype) for g in groups}
+        self.tokens = {g.name: Tokens(g.token) for g in groups if g.token is not None}
         self.keys = np.empty((rows, 16), np.uint8)
         self._mixture = _mixture(plan)
         self._uncoded: list[Tensor] = []
@@ -347,13 +351,23 @@ class _OpenItem:
         said = said_of(outputs, piece.shown, self._plan, self.item.view)
         for group in self.groups:
             for head, codec in group.codecs.items():
-                for name, values in encoded(codec, head, said, outputs).items():
-                    self.records[group.name][field_name(head, name)][part] = values.cpu().numpy()
+                arrays = {n: values.cpu().numpy() for n, values in encoded(codec, head, said, outputs).items()}
+                if isinstance(codec, Features) and codec.mask is not None:
+                    arrays = self._without_tokens(group, codec, arrays)
+                for name, values in arrays.items():
+                    self.records[group.name][field_name(head, name)][part] = values
         if not self.predicts:
             return
         if start < FIDELITY_ROWS and not self.held:
             self._uncoded.append(outputs.logprobs[: FIDELITY_ROWS - start].cpu().clone())
         count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels, self._mixture)
+
+    def _without_tokens(self, group: Group, codec: Features, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a ragged feature as they stand in rows; the tokens go to those of the unit."""
+        (token,) = codec.token()
+        mask = unpacked(arrays["mask"], group.most_tokens)
+        start = self.tokens[group.name].add(mask, arrays[token])
+        return {name: values for name, values in arrays.items() if name != token} | {"start": start}
 
     def measure(self) -> None:
         """Add what the codec of the targets lost in the first rows: what stands in the records, decoded."""
@@ -375,7 +389,7 @@ def _mixture(plan: Plan) -> Mixture:
 def encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
     """The arrays that a codec makes of a batch."""
     if isinstance(codec, Features):
-        return features.encode(codec, outputs.features[head], head)
+        return features.encode(codec, outputs.features[head], head, outputs.masks.get(head))
     if isinstance(codec, PartnerKey):
         return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
     if isinstance(codec, RowFigures):

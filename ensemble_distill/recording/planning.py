@@ -237,7 +237,7 @@ def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
     """
     classes = pieces.data.classes
     groups = _groups(config, len(classes), pieces.taps, pieces.data.views.mix is not None and config.views > 1)
-    widest = max(group.dtype.itemsize for group in groups)
+    widest = max(group.row_bytes for group in groups)
     if config.unit_rows and config.unit_rows * max(16, widest) > MAX_SHARD:
         raise UsageError(
             f"unit_rows={config.unit_rows} makes units of {config.unit_rows * widest / 1e6:.0f} MB",

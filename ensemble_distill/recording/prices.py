@@ -41,13 +41,17 @@ class Price:
 
 @dataclass(frozen=True)
 class TapPrice:
-    """What one tap adds to every codec's price. distortion: of distances by its projection; None without one."""
+    """What one tap adds to every codec's price. distortion: of distances by its projection; None without one.
+
+    tokens: of a ragged one, the mean number of real ones in the rows of the probe, by which its bytes are estimated.
+    """
 
     field: str
     codec: Features
     bytes_per_row: int
     bytes: int
     distortion: float | None
+    tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def price_list(
     teller = Teller(measured, ensemble.devices, workers, hashing_seconds())
     return PriceList(
         plan=own,
-        taps=tap_prices(own),
+        taps=tap_prices(own, teller.tokens),
         prices=[teller.price(codec, plan, codec == config.codec) for codec, plan in plans.items()],
         left_out=left_out,
         devices=[str(device) for device in dict.fromkeys(ensemble.devices)],
@@ -128,11 +132,12 @@ class Teller:
 
     def __init__(self, measured: Measured, devices: Sequence[torch.device], workers: int, hashing: float) -> None:
         self.measured, self.workers, self.hashing = measured, workers, hashing
+        self.tokens = {tap: count / measured.rows for tap, count in measured.tokens.items()}
         # A device computes while the host reads; a host's cores do the one or the other.
         self.beside = all(device.type != "cpu" for device in devices)
 
     def price(self, codec: HeadCodec, plan: Plan, own: bool) -> Price:
-        name, stored = name_of(codec), stored_bytes(plan)
+        name, stored = name_of(codec), stored_bytes(plan, self.tokens)
         seconds = self._capture(name, plan, stored)
         train = plan.splits.get("train")
         saved = self._per_view(self.measured.seconds.teachers, train.views) if train else 0.0
@@ -140,7 +145,7 @@ class Teller:
         return Price(
             codec=codec,
             own=own,
-            bytes_per_row=plan.bytes_per_row,
+            bytes_per_row=round(sum(_row_bytes("hdf5", group, self.tokens) for group in plan.groups)),
             bytes=stored,
             units=plan.units,
             seconds=seconds,
@@ -171,15 +176,16 @@ class Teller:
         return (as_it_is + (views - 1) * rendered) / views
 
 
-def tap_prices(plan: Plan) -> list[TapPrice]:
-    """What each tap takes, in the order of the plan."""
+def tap_prices(plan: Plan, tokens: Mapping[str, float]) -> list[TapPrice]:
+    """What each tap takes, in the order of the plan. tokens: the mean number in a row, by ragged tap."""
     return [
         TapPrice(
             field=field,
             codec=codec,
-            bytes_per_row=group.dtype.itemsize,
-            bytes=_group_bytes(plan, group),
+            bytes_per_row=round(_row_bytes("hdf5", group, tokens)),
+            bytes=_group_bytes(plan, group, tokens),
             distortion=plan.capture.distortions.get(field),
+            tokens=tokens.get(field),
         )
         for group in plan.groups
         for field, codec in group.codecs.items()
@@ -187,24 +193,27 @@ def tap_prices(plan: Plan) -> list[TapPrice]:
     ]
 
 
-def stored_bytes(plan: Plan) -> int:
+def stored_bytes(plan: Plan, tokens: Mapping[str, float] | None = None) -> int:
     """What the shards of a plan take: their rows, and what the format writes around the rows of each."""
-    return sum(_group_bytes(plan, group) for group in plan.groups)
+    return sum(_group_bytes(plan, group, tokens or {}) for group in plan.groups)
 
 
-def _group_bytes(plan: Plan, group: Group) -> int:
-    return plan.rows * _row_bytes(plan.format, group) + plan.item_count * _overhead(plan.format, group)
+def _group_bytes(plan: Plan, group: Group, tokens: Mapping[str, float]) -> int:
+    rows = round(plan.rows * _row_bytes(plan.format, group, tokens))
+    return rows + plan.item_count * _overhead(plan.format, group)
 
 
-def _row_bytes(format: str, group: Group) -> int:
-    """Parquet keeps each field by itself, without the padding of the record."""
+def _row_bytes(format: str, group: Group, tokens: Mapping[str, float]) -> float:
+    """Of the row and its tokens. Parquet keeps each field by itself, without the padding of the record."""
     names = group.dtype.names or ()
-    return sum(group.dtype[name].itemsize for name in names) if format == "parquet" else group.dtype.itemsize
+    row = sum(group.dtype[name].itemsize for name in names) if format == "parquet" else group.dtype.itemsize
+    return row if group.token is None else row + tokens[next(iter(group.codecs))] * group.token.itemsize
 
 
 def _overhead(format: str, group: Group) -> int:
-    parts, _ = encode(format, np.zeros(1, group.dtype))
-    return sum(map(len, parts)) - _row_bytes(format, group)
+    token = None if group.token is None else np.zeros(1, group.token)
+    parts, _ = encode(format, np.zeros(1, group.dtype), token)
+    return sum(map(len, parts)) - round(_row_bytes(format, group, dict.fromkeys(group.codecs, 1.0)))
 
 
 def memory(plan: Plan, ensemble: Ensemble, measured: Measured, workers: int) -> dict[str, Any]:

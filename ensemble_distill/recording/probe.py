@@ -56,13 +56,17 @@ class Seconds:
 
 @dataclass
 class Measured:
-    """What the probe found. errors: by codec, each batch's rows and figures. batch_bytes: of a batch's inputs."""
+    """What the probe found. errors: by codec, each batch's rows and figures. batch_bytes: of a batch's inputs.
+
+    tokens: of ragged features, real ones in all batches, by tap.
+    """
 
     seconds: Seconds = field(default_factory=Seconds)
     errors: dict[str, list[tuple[int, dict[str, float | None]]]] = field(default_factory=lambda: defaultdict(list))
     batches: int = 0
     rows: int = 0
     batch_bytes: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def error(self, name: str) -> dict[str, float | None]:
         """The mean over the rows of all batches; of batches, where a figure is of a batch as a whole."""
@@ -110,6 +114,8 @@ class Probe:
         self._timed(seconds.figures, rows, partial(self._figures, said, outputs))
         for name, plan in self.plans.items():
             self._codec(measured, name, plan, said)
+        for tap, mask in outputs.masks.items():
+            measured.tokens[tap] += int(mask.sum())
         measured.batches += 1
         measured.rows += rows
         measured.batch_bytes = max(measured.batch_bytes, sum(x.nbytes for x in shown.inputs.values()))
@@ -145,7 +151,8 @@ class Probe:
 
     def _figures(self, said: Said, outputs: Outputs) -> None:
         """What every capture does with a batch, whatever its codec."""
-        coded = [features.encode(self._tap(field), f, field) for field, f in outputs.features.items()]
+        masks = outputs.masks
+        coded = [features.encode(self._tap(tap), f, tap, masks.get(tap)) for tap, f in outputs.features.items()]
         for array in (array for arrays in [heads.encode_figures(said), *coded] for array in arrays.values()):
             array.cpu()
         count(self.tally, [*outputs.members, outputs.logprobs], said.labels)

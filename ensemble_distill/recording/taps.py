@@ -18,7 +18,7 @@ def feature_codec(tap: Tap, shape: tuple[int, ...]) -> Features:
     axis = 0 if tap.project else channel_axis(tap.reduction, len(shape))
     hint = "reduce it, as with pool, or project it: project=Random(dim=256)"
     try:
-        codec = Features.of(shape, tap.values, axis, take=tap.recipe, project=tap.project)
+        codec = Features.of(shape, tap.values, axis, take=tap.recipe, project=tap.project, mask=tap.mask)
     except ValidationError as error:
         raise UsageError(f"{tap.field} of shape {list(shape)}: {explain(error, Features)}", hint=hint) from error
     if math.prod(shape) * 2 > MAX_SHARD:

@@ -160,13 +160,15 @@ def root_hash(blocks: tuple[str, ...]) -> str:
     return sha256("".join(blocks).encode())
 
 
-def content_hash(records: np.ndarray) -> str:
-    """SHA-256 over a unit's logical content: each field's name, dtype, shape and little-endian bytes."""
-    names = records.dtype.names
-    assert names
+def content_hash(records: np.ndarray, tokens: np.ndarray | None = None) -> str:
+    """SHA-256 over a unit's logical content: each field's name, dtype, shape and little-endian bytes.
+
+    ``tokens``: of a ragged feature, whose field comes last.
+    """
+    tables = [records] if tokens is None else [records, tokens]
     parts = []
-    for name in names:
-        column = np.ascontiguousarray(records[name])
+    for name, values in ((name, table[name]) for table in tables for name in table.dtype.names or ()):
+        column = np.ascontiguousarray(values)
         assert column.dtype.byteorder in "<=|"
         parts.append([name, column.dtype.str, list(column.shape), sha256(column.reshape(-1).view(np.uint8).data)])
     return sha256(canonical_json(parts))

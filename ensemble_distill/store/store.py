@@ -142,14 +142,15 @@ class Store:
         keys: str,
         statistics: dict[str, Any] | None,
         provenance: dict[str, Any],
+        tokens: np.ndarray | None = None,
     ) -> tuple[Commit, bool]:
-        """Write one unit's records (structured [N]) as a shard and commit it.
+        """Write one unit's records (structured [N]), and the tokens of a ragged feature, as a shard and commit it.
 
         The first commit wins: False says that another writer's stands, which may be of another shard.
         """
-        parts, segments = encode(format, rows)
+        parts, segments = encode(format, rows, tokens)
         with ThreadPoolExecutor(1) as beside:  # two hashes are most of what a commit costs beside its writes
-            content = beside.submit(records.content_hash, rows)
+            content = beside.submit(records.content_hash, rows, tokens)
             blocks = records.block_hashes(*parts)
         commit = Commit(
             plan=plan,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
+from ensemble_distill.errors import UsageError
 from ensemble_distill.reduction import Take
 from ensemble_distill.scoring import logits_of
 from ensemble_distill.taps import Taps
@@ -24,7 +25,7 @@ class FeaturePairs(nn.Module):
     """
 
     def __init__(self, terms: Mapping[str, FeatureTerm], student: nn.Module, cache: Cache) -> None:
-        """UsageError for a tap that the cache does not hold, or a module that the student does not have."""
+        """UsageError for a tap that the cache does not hold, a module that the student does not have, several masks."""
         super().__init__()
         self.terms = dict(terms)
         self.codecs = {name: [cache.tap_codec(tap) for tap in term.taps] for name, term in terms.items()}
@@ -34,6 +35,9 @@ class FeaturePairs(nn.Module):
         self._shapes: dict[str, list[int]] = {}
         for name, (codec, *others) in self.codecs.items():
             dims = [c.dims for c in (codec, *others)]
+            if any(other.mask != codec.mask for other in others):
+                masks = [c.mask for c in (codec, *others)]
+                raise UsageError(f"objective.{name}: its taps have the masks {masks}: they must have one, or none")
             self._shapes[name] = shape_together(f"objective.{name}", dims, self.terms[name].combine, codec.axis)
 
     def _take(self, name: str) -> Take:
@@ -66,6 +70,10 @@ class FeaturePairs(nn.Module):
         """The student's feature and the cached one of a term, float32 [B, ...], not adapted."""
         cached = [targets.features[tap] for tap in self.terms[name].taps]
         return features[name], together(cached, self.terms[name].combine, self.codecs[name][0].axis)
+
+    def mask(self, name: str, targets: Targets) -> Tensor | None:
+        """Which tokens of a term's cached feature are real, bool [B, T]; None where it is not ragged."""
+        return targets.masks.get(self.terms[name].taps[0])
 
     def learned(self, name: str) -> nn.Module | None:
         """What a term learns; None if nothing."""

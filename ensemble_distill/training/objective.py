@@ -104,7 +104,8 @@ class Objective(nn.Module):
                 weights = _own_weights(term, targets, shared)
                 if isinstance(term, FeatureTerm):
                     pair = self.features.pair(name, features, targets)
-                    parts[name] = of_features(term, self.features.learned(name), *pair, weights)
+                    mask = self.features.mask(name, targets)
+                    parts[name] = of_features(term, self.features.learned(name), *pair, weights, mask)
                 else:
                     parts[name] = of_logits(term, logits, targets, batch, weights, progress)
         total = combine(parts, {name: at(term.weight, progress) for name, term in self.terms.items()})

@@ -47,15 +47,27 @@ def of_logits(
 
 
 def of_features(
-    term: terms.FeatureTerm, learned: nn.Module | None, student: Tensor, cached: Tensor, weights: Tensor | None
+    term: terms.FeatureTerm,
+    learned: nn.Module | None,
+    student: Tensor,
+    cached: Tensor,
+    weights: Tensor | None,
+    mask_BT: Tensor | None = None,
 ) -> Tensor:
-    """A term's loss of two features float32 [B, ...], a scalar; ``learned`` is what ``learn`` made for it."""
+    """A term's loss of two features float32 [B, ...], a scalar; ``learned`` is what ``learn`` made for it.
+
+    ``mask``: of a ragged cached feature, bool [B, T]. Then the student's tokens that are not real are zero too, and
+    compared with nothing. UsageError where it has another number of tokens.
+    """
     if isinstance(term, terms.Adapted) and learned is not None:
         student = learned(student)
+    if mask_BT is not None:
+        student = _of_real_tokens(student, mask_BT)
     match term:
         case terms.FeatureMatch():
             if callable(term.distance):
-                return _scalar(term.distance(student, cached, weights))
+                more = () if mask_BT is None else (mask_BT,)
+                return _scalar(term.distance(student, cached, weights, *more))
             return _DISTANCES[term.distance](student.flatten(1), cached.flatten(1), weights)
         case terms.FactorTransfer():
             return losses.factor_transfer(student, cached, weights)
@@ -120,6 +132,19 @@ def _map(feature: Tensor, p: float) -> Tensor:
 def _heads(probs: Tensor) -> Tensor:
     """[B, heads, T, T]; what is [B, T, T] has been averaged over its heads."""
     return probs[:, None] if probs.ndim == 3 else probs
+
+
+def _of_real_tokens(student: Tensor, mask_BT: Tensor) -> Tensor:
+    """Tokens [B, T, D] with zeros where none is real; what has no tokens [B, D] is as it was."""
+    if student.ndim == 2:
+        return student
+    if student.ndim != 3 or student.shape[:2] != mask_BT.shape:
+        raise UsageError(
+            f"the cached feature has {mask_BT.shape[1]} tokens a row, of which some are real, "
+            f"and the student's the shape {list(student.shape[1:])}",
+            hint="choose a module of as many tokens, with the reduction tokens",
+        )
+    return student.masked_fill(~mask_BT[:, :, None], 0)
 
 
 def _scalar(value: object) -> Tensor:
