@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 from conftest import Cli
+
+from ensemble_distill.ensemble.members import state_digest, structure_digest
 
 CACHE = ("cache", "digits.py", "--out", "cache")
 NAMED = 'ed.Member(name=name, build=lambda: Net(48), weights=HERE / f"{name}.safetensors") for name in ("a", "b", "c")'
@@ -95,3 +99,23 @@ def test_the_plan_holds_the_shares_that_add_up_to_one(cli: Cli) -> None:
         cli.change(stated, "")
     cli("cache", "digits.py", "--out", "equal", "--limit", 20)
     assert [m["share"] for m in plan(cli, "equal")["capture"]["members"]] == [1 / 3] * 3
+
+
+class Scaled(torch.nn.Module):
+    """A member whose numbers stand in no weight: each of them decides what it says."""
+
+    def __init__(self, **changes: float) -> None:
+        super().__init__()
+        value = {"buffer": 1.0, "tensor": 1.0, "array": 1.0, "table": 1.0, "nested": 1.0} | changes
+        self.register_buffer("mean", torch.tensor([value["buffer"]]), persistent=False)
+        self.scale, self.array = torch.tensor([value["tensor"]]), np.array([value["array"]])
+        self.table, self.nested = {"a": value["table"]}, [{"b": [value["nested"]]}]
+
+
+@pytest.mark.parametrize("name", ["buffer", "tensor", "array", "table", "nested"])
+def test_a_number_that_is_no_weight_is_part_of_who_a_member_is(name: str) -> None:
+    def who(module: torch.nn.Module) -> tuple[str, str]:
+        return state_digest(module), structure_digest(module)
+
+    assert who(Scaled()) == who(Scaled())
+    assert who(Scaled(**{name: 2.0})) != who(Scaled())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -343,7 +345,8 @@ def test_a_partner_that_is_another_is_refused(teachers: Path, tmp_path: Path) ->
         Mismatch, match=rf"train must be in the captured order: sample \d+ was mixed .* row {at}, of key"
     ):
         list(cache.loader(changed, 100, epoch=1, shuffle=False))
-    list(cache.loader(changed, 100, epoch=0))  # view 0 mixes nothing, and rows are found by key
+    with pytest.raises(Mismatch, match=rf"sample {at} of train has another label"):
+        list(cache.loader(changed, 100, epoch=0))  # view 0 mixes nothing, and rows are found by key
     rng = np.random.default_rng(0).permutation(1000)
     images, labels = pipeline.arrays()
     reordered = ArraySource({"image": images[:1000][rng]}, labels[:1000][rng])
@@ -353,6 +356,22 @@ def test_a_partner_that_is_another_is_refused(teachers: Path, tmp_path: Path) ->
         list(cache.loader(Limited(source, 500), 100, epoch=1))
     longer = ArraySource({"image": images}, labels)  # whose first thousand are those that were captured
     assert len(next(cache.loader(longer, 100, epoch=0, shuffle=False)).index) > 90
+
+
+def test_a_unit_is_not_captured_again_with_other_partners(cli: Cli) -> None:
+    """Its own samples are the same, and those they are mixed with are not."""
+    cli.change("seed=VIEW_SEED)", "seed=VIEW_SEED, mix=ed.Mixup(alpha=1))")
+    cli("cache", "digits.py", "--out", "cache")
+    commit = json.loads(
+        (cli.folder / "cache/commits/train-v000001-00000000.tap.a.pool.json").read_text().split("\n")[1]
+    )
+    (cli.folder / "cache/objects" / commit["object"]).unlink()
+    shutil.copy(cli.folder / "digits.py", cli.folder / "right.py")
+    cli.change("images, labels = arrays()", "images, labels = arrays()\n    images[600:800] = 16 - images[600:800]")
+    error = cli("repair", "cache", "digits.py", code=3).stderr
+    assert "which others are mixed with" in error or "look otherwise" in error, error
+    cli("repair", "cache", "right.py")
+    cli("verify", "cache")
 
 
 def test_what_there_is_of_a_mixed_cache_is_proved_as_well(teachers: Path, tmp_path: Path) -> None:

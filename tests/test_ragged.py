@@ -522,3 +522,21 @@ def test_masks_go_where_targets_go() -> None:
     targets = ed.Targets(torch.zeros(2, 3), masks={TAP: torch.ones(2, 4, dtype=torch.bool)})
     assert targets.to("meta").masks[TAP].device.type == "meta"
     assert targets.to("cpu").masks[TAP].all()
+
+
+def test_inputs_in_another_order_are_refused(tmp_path: Path) -> None:
+    """A module is called with them one after another, and no key depends on their order."""
+    shutil.copy(HERE / "pipelines" / "ragged.py", tmp_path)
+    cli = Cli(tmp_path)
+    cli("cache", "ragged.py", "--out", "cache", "--units", "0:3")
+    cli.change(
+        '{"ids": ids[:rows], "mask": 3 * mask[:rows].astype(np.int64)}',
+        '{"mask": 3 * mask[:rows].astype(np.int64), "ids": ids[:rows]}',
+        "ragged.py",
+        "other.py",
+    )
+    cli.change("def forward(self, ids, mask)", "def forward(self, mask, ids)", "other.py")
+    assert "reading.inputs" in cli("cache", "other.py", "--out", "cache", code=3).stderr
+    cli("cache", "ragged.py", "--out", "cache")
+    error = cli("train", "other.py", "--cache", "cache", "--out", "run", code=3).stderr
+    assert "inputs ids, mask" in error and "mask, ids" in error

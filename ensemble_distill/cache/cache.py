@@ -340,6 +340,14 @@ class Cache:
                 hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
 
+    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Mismatch where a model would be given its inputs in another order than the members were."""
+        if (expected := self.plan.reading.inputs) and tuple(inputs) != expected:
+            raise Mismatch(
+                f"{self.root} was captured with the inputs {', '.join(expected)}, the source gives {', '.join(inputs)}",
+                hint="restore their order in the source: a module is called with them one after another",
+            )
+
     def _prove_labels(self, targets: Targets, split: str, index: np.ndarray) -> None:
         """Mismatch where the ensemble gave a label another probability than to the label that was captured with it.
 
@@ -376,6 +384,7 @@ class Cache:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = replace(self.targets_at(rows, view, split=split, taps=taps), labels=labels)
+        self._check_inputs(inputs)
         self._prove_labels(targets, split, index)
         inputs = render_inputs(inputs, keys, self._views, view)
         inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
@@ -385,9 +394,11 @@ class Cache:
 
     def _prove(self, partners: Partners, split: str, view: int, rows: np.ndarray, index: np.ndarray) -> None:
         """Refuse partners that are not those that the ensemble saw (Mismatch): the rows hold the keys of these."""
-        expected = self._arrays(self.plan.group(TARGETS), split, view, rows)[PARTNER][""].numpy()
-        wrong = np.flatnonzero((expected != partners.keys).any(axis=1))
-        if wrong.size:
+        for group in self.plan.said:  # each group of members was captured by itself, and may be of others
+            expected = self._arrays(group, split, view, rows)[PARTNER][""].numpy()
+            wrong = np.flatnonzero((expected != partners.keys).any(axis=1))
+            if not wrong.size:
+                continue
             i = int(wrong[0])
             raise Mismatch(
                 f"the views of {self.root} mix samples, so {split} must be in the captured order: "

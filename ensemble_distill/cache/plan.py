@@ -193,13 +193,20 @@ class Split(Config):
 
 
 class Reading(Config):
+    """inputs: their names, in the order in which members and students are given them; empty where there is only one."""
+
     key: Literal["sha256/16"] = "sha256/16"
+    inputs: Annotated[tuple[str, ...], FailFast(), Field(max_length=1 << 10)] = ()
     classes: Annotated[tuple[str, ...], FailFast(), Field(max_length=1 << 20)]
     heads: dict[str, int]
     combine: Literal["mean_probs", "mean_logits"]
     temperature_before: Annotated[tuple[Annotated[float, Field(gt=0)], ...], FailFast(), Field(max_length=1 << 16)]
     temperature_after: float = Field(gt=0)
     views: ViewsConfig
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "inputs")
 
 
 class MemberIdentity(Config):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,8 @@ from ensemble_distill.config import Member
 from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.weights import load_weights
+
+PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,46 @@ def _check_callable(member: Member, function: object) -> None:
 
 
 def structure_digest(module: nn.Module) -> str:
-    """SHA-256 over what a module prints and the plain attributes of its parts: scales, means, switches.
+    """SHA-256 over what a module prints and the attributes of its parts: scales, means, switches, tables of these.
 
     The code of ``forward`` is not covered: no hash of it is the same on two machines.
     """
-    plain = (bool, int, float, str, tuple, list)
     attributes = [
-        f"{path}.{name}={value!r}"
+        f"{path}.{name}={said}"
         for path, part in module.named_modules()
         for name, value in sorted(vars(part).items())
-        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+        if not name.startswith("_") and name != "training" and (said := _said(value)) is not None
     ]
     return sha256("\n".join([repr(module), *attributes]).encode())
 
 
+def _said(value: object) -> str | None:
+    """What an attribute says of a module, as text; None for what is no value: functions, other objects, None."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        h = hashlib.sha256()
+        _hash(h, "", value)
+        return h.hexdigest()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_said(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, (list, tuple)) and not all(isinstance(child, PLAIN) for child in value):
+        return "[" + ", ".join(str(_said(child)) for child in value) + "]"
+    return repr(value) if isinstance(value, (*PLAIN, list, tuple)) else None
+
+
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a module's state."""
-    h = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    """SHA-256 over names, dtypes, shapes and bytes of a module's state, and of buffers that are no part of it."""
+    h, state = hashlib.sha256(), module.state_dict()
+    for name, tensor in sorted(state.items()):
+        _hash(h, name, tensor)
+    for name, tensor in sorted(module.named_buffers(remove_duplicate=False)):
+        if name not in state:
+            _hash(h, f"buffer {name}", tensor)
     return h.hexdigest()
+
+
+def _hash(h: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+    h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

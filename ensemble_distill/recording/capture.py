@@ -27,7 +27,7 @@ from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
-from ensemble_distill.errors import Interrupted, InvalidOutput, StorageError
+from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, StorageError
 from ensemble_distill.metrics import count
 from ensemble_distill.mixture import Mixture
 from ensemble_distill.prefetch import prefetch, timed
@@ -114,6 +114,7 @@ class Recorder:
         self.progress = Progress(units=0, units_total=plan.units)
         self._done = np.zeros(0, bool)
         self._digest = ""
+        self._key_pages: dict[tuple[str, int], np.ndarray] = {}
 
     def run(
         self,
@@ -287,8 +288,42 @@ class Recorder:
         for name in codec.members:
             yield name, heads.decode(codec, arrays, Mixture(((name, 1.0),), "mean_probs")).logprobs
 
+    def _prove_partners(self, split: str, rows: np.ndarray, keys: np.ndarray) -> None:
+        """Mismatch where what samples were mixed with (rows int64 [B], keys uint8 [B, 16]) is not what was captured.
+
+        Of pages of keys that are not there yet nothing is known: their own capture will prove them.
+        """
+        spec = self.plan.splits[split]
+        pages = spec.page_of(rows)
+        for page in np.unique(pages):
+            item = self.plan.item(self.plan.number(split, 0, int(page)))
+            held, of_page = self._key_page(item), pages == page
+            if not len(held):
+                continue
+            wrong = np.flatnonzero((held[rows[of_page] - item.first] != keys[of_page]).any(axis=1))
+            if wrong.size:
+                raise Mismatch(
+                    f"{self.store.root}: row {rows[of_page][wrong[0]]} of {split}, which others are mixed with, is not "
+                    "the sample that was captured before: the source has changed",
+                    hint="restore the source, or capture it as it is now into another directory",
+                )
+
+    def _key_page(self, item: WorkItem) -> np.ndarray:
+        """A page of keys, uint8 [rows, 16]; of no rows where it is not there. Kept, up to 64 MiB."""
+        place = (item.split, item.page)
+        if place not in self._key_pages:
+            if sum(page.nbytes for page in self._key_pages.values()) > 1 << 26:
+                self._key_pages.clear()
+            held = self.store.held_keys(item.split, item.page, item.rows)
+            if held is None:
+                return np.empty((0, 16), np.uint8)
+            self._key_pages[place] = held
+        return self._key_pages[place]
+
     def _commit(self, opened: _OpenItem) -> list[Commit]:
         item = opened.item
+        for rows, partner_keys in opened.partners:
+            self._prove_partners(item.split, rows, partner_keys)
         keys = self.store.put_keys(item.split, item.page, opened.keys)
         opened.measure()
         commits = []
@@ -341,6 +376,7 @@ class _OpenItem:
         self.keys = np.empty((rows, 16), np.uint8)
         self._mixture = _mixture(plan)
         self._uncoded: list[Tensor] = []
+        self.partners: list[tuple[np.ndarray, np.ndarray]] = []  # rows and keys that the samples are mixed with
         self.tally = Tally.empty(plan.predictors, len(plan.reading.classes))
 
     def add(self, piece: _Piece, outputs: Outputs) -> None:
@@ -348,6 +384,8 @@ class _OpenItem:
         part = slice(start, start + len(piece.shown.keys))
         self.keys[part] = piece.shown.keys
         self.missing -= len(piece.shown.keys)
+        if (partners := piece.shown.partners) is not None:
+            self.partners.append((partners.rows, partners.keys))
         said = said_of(outputs, piece.shown, self._plan, self.item.view)
         for group in self.groups:
             for head, codec in group.codecs.items():

@@ -56,7 +56,8 @@ class Pieces:
     """What a plan is made of beside the configuration: read, loaded or measured once.
 
     taps: the codec of each tap's feature, by its field. temperatures: the members', and the ensemble's. calibration:
-    the digest of the record that they come from, if any. distortions: what projections do to distances, by tap.
+    the digest of the record that they come from, if any. inputs: their names in order, if there are several.
+    distortions: what projections do to distances, by tap.
     """
 
     data: DataConfig
@@ -66,6 +67,7 @@ class Pieces:
     taps: Mapping[str, Features]
     temperatures: tuple[tuple[float, ...], float]
     audit: Renderings
+    inputs: tuple[str, ...] = ()
     calibration: str | None = None
     distortions: Mapping[str, float] = field(default_factory=dict)
 
@@ -223,6 +225,7 @@ def load_pieces(
         precision=ensemble.resolve_precision(precision, probe),
         splits={name: _rows(name, source, config.views) for name, source in sources.items()},
         taps=taps,
+        inputs=tuple(probe) if len(probe) > 1 else (),
         temperatures=(ensemble.temperatures, ensemble.temperature),
         audit=_audit(data, config, sources),
         distortions=distortions,
@@ -245,6 +248,7 @@ def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
         )
     return Plan(
         reading=Reading(
+            inputs=pieces.inputs,
             classes=classes,
             heads={"main": len(classes)},
             combine=config.combine,

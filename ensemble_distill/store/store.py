@@ -125,6 +125,13 @@ class Store:
         """The digests that commits of this page say its keys have."""
         return {self.commit(unit).keys for unit in self.committed() if page_of(unit) == (split, page)}
 
+    def held_keys(self, split: str, page: int, rows: int) -> np.ndarray | None:
+        """A page of keys as it stands, uint8 [rows, 16], not compared with a commit; None where none is whole."""
+        name = f"keys/{split}-{page:08d}"
+        if self.storage.size(name) != rows * KEY_BYTES:
+            return None
+        return np.frombuffer(self.storage.read(name, rows * KEY_BYTES), np.uint8).reshape(-1, KEY_BYTES)
+
     def lose_keys(self, split: str, page: int, digest: str) -> None:
         """In place of a damaged page of the key table: the SHA-256 of what has to stand there again."""
         self.storage.replace(f"keys/{split}-{page:08d}", f"lost {digest}\n".encode())
