@@ -40,7 +40,7 @@ def all_classes(loss: str, targets: Targets) -> Tensor:
     """The ensemble's log-probabilities of all classes [B, C]; UsageError where the targets are not dense."""
     if targets.kind != "dense":
         raise UsageError(
-            f"{loss} needs the probabilities of all classes, and these targets are {targets.kind}",
+            f"{loss} needs the probabilities of all classes, and these targets keep a part of them: {targets.kind}",
             hint="capture with the codec dense",
         )
     return targets.logprobs
