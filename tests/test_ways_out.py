@@ -139,13 +139,34 @@ def test_what_was_sealed_since_is_neither_given_up_nor_garbage(cached: Cli) -> N
     after = (cache / "CURRENT").read_bytes()
     (cache / "CURRENT").write_bytes(before)
     held = {folder: names(cache / folder) for folder in ("commits", "objects", "manifests", "pages", "plans")}
+    assert f"sealed as {after.decode().strip()}" in cached("verify", "cache", code=4).stdout
     error = cached("append", "--cache", "cache", "--abandon", code=3).stderr
     assert after.decode().strip() in error and "ensemble-distill seal cache" in error
     cached("gc", "cache", "--delete", "--older-than", "0")
     assert held == {folder: names(cache / folder) for folder in held}
-    cached("seal", "cache")
-    assert (cache / "CURRENT").read_bytes() == after
+    for command in ("seal", "repair"):
+        (cache / "CURRENT").write_bytes(before)
+        cached(command, "cache")
+        assert (cache / "CURRENT").read_bytes() == after
+    cached("verify", "cache", "--expect-digest", before.decode().strip(), code=3)
     cached("verify", "cache")
+
+
+def test_a_cache_that_was_put_back_to_before_an_append_is_as_it_was_after_it(cached: Cli) -> None:
+    """CURRENT, PLAN and the commits come from an older copy; what was appended lies beside them."""
+    cache = cached.folder / "cache"
+    older = {name: (cache / name).read_bytes() for name in ("CURRENT", "PLAN")}
+    there = names(cache / "commits")
+    cached("append", "digits.py", "--cache", "cache", "--views", "3")
+    newer = {name: (cache / name).read_bytes() for name in older}
+    for name, data in older.items():
+        (cache / name).write_bytes(data)
+    for name in names(cache / "commits") - there:
+        (cache / "commits" / name).unlink()
+    assert "was sealed as" in cached("verify", "cache", code=4).stdout
+    cached("repair", "cache")
+    assert newer == {name: (cache / name).read_bytes() for name in newer}
+    cached("verify", "cache", "--deep")
 
 
 def test_a_lease_from_the_future_is_forgotten(cached: Cli) -> None:

@@ -126,12 +126,26 @@ def check_sealed(store: Store, current: str, complete: bool = False) -> None:
         found, meant = store.commit(unit), sealed.at(number)
         if (found.content, found.keys) != (meant.content, meant.keys):
             raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
-        if (size := store.storage.size(f"objects/{found.object}")) != found.size:
-            held = "not there" if size is None else f"{size} bytes, expected {found.size}"
-            raise Corrupt(f"{store.root}/objects/{found.object} (unit {unit}): {held}", hint=MEND)
+        check_size(store, found)
 
     for _ in prefetch((partial(check, number) for number in range(plan.units)), READERS):
         pass
+
+
+def check_size(store: Store, commit: Commit) -> None:
+    """Corrupt for a shard that is gone or of another size; nothing is read."""
+    if (size := store.storage.size(f"objects/{commit.object}")) != commit.size:
+        held = "not there" if size is None else f"{size} bytes, expected {commit.size}"
+        raise Corrupt(f"{store.root}/objects/{commit.object} (unit {commit.unit}): {held}", hint=MEND)
+
+
+def lost_shards(store: Store, manifest: Manifest) -> int:
+    """How many shards of a manifest are gone or of another size; all, where that cannot be told."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        plan = store.plan(manifest.plan, Plan)
+        commits = map(Commits(store, plan, manifest).at, range(plan.units))
+        return sum(store.storage.size(f"objects/{commit.object}") != commit.size for commit in commits)
+    return manifest.units
 
 
 def check_plan(commit: Commit, plan: Plan, digest: str, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -36,6 +36,7 @@ MAX_UNITS = 1 << 28
 MAX_APPENDS = 256
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], FailFast(), Field(max_length=1 << 16)]
 
 _UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.ASCII)
 
@@ -224,6 +225,7 @@ class Capture(Config):
     """tail: how classes were taken that top-k members do not list; None where there are no such members.
 
     distortions: by projected tap, the mean of |d′² − d²| / d² over pairs of rows of one batch, d their distance.
+    shares_before: of the members there were, before each append of members.
     """
 
     members: Annotated[tuple[MemberIdentity, ...], FailFast(), Field(max_length=1 << 16)]
@@ -233,10 +235,11 @@ class Capture(Config):
     tail: Tail | None = None
     audit: Renderings = ()
     distortions: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(max_length=1024)] = {}
+    shares_before: Annotated[tuple[Shares, ...], FailFast(), Field(max_length=MAX_APPENDS)] = ()
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty(handler(self), "audit", "calibration", "distortions", "tail")
+        return without_empty(handler(self), "audit", "calibration", "distortions", "shares_before", "tail")
 
 
 class Calibrated(Config):
@@ -373,6 +376,15 @@ class Plan(Config):
         later = {name for g in said[first:] for name in _members(g)}
         return tuple(name for name in self.predictors if name not in later)
 
+    def shares_by(self, group: str) -> dict[str, float]:
+        """The shares of the members at that time, by name."""
+        names = self.predictors_by(group)[:-1]
+        now = {member.name: member.share for member in self.capture.members}
+        before = next((shares for shares in self.capture.shares_before if len(shares) == len(names)), None)
+        if before is None or len(names) == len(now):
+            return {name: now[name] for name in names}
+        return dict(zip(names, before, strict=True))
+
     @property
     def commit_bytes(self) -> int:
         """The most that the commit of a unit may take, without its statistics."""
@@ -460,19 +472,7 @@ class Plan(Config):
     @property
     def head(self) -> HeadCodec:
         """The codec of the predictions, of all groups that hold them together; ValueError where they do not fit."""
-        codecs = [group.codecs[MAIN] for group in self.said]
-        first = codecs[0] if codecs else None
-        if not isinstance(first, HeadCodec):
-            raise ValueError(f"{MAIN!r} is kept as {first and first.name}")
-        if len(codecs) == 1:
-            return first
-        parts = [codec for codec in codecs if isinstance(codec, Members)]
-        if len(parts) < len(codecs) or any(part.inner != parts[0].inner for part in parts):
-            raise ValueError("the groups of targets keep their members in different ways")
-        members = tuple(name for part in parts for name in part.members)
-        if len(set(members)) < len(members):
-            raise ValueError("a member is kept in two groups")
-        return Members(inner=parts[0].inner, members=members)
+        return head_of(self.said)
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)
@@ -485,6 +485,23 @@ class Plan(Config):
     def bytes_per_row(self) -> int:
         """At most, where there are ragged features."""
         return sum(group.row_bytes for group in self.groups)
+
+
+def head_of(groups: Sequence[Group]) -> HeadCodec:
+    """How groups of predictions keep them together; ValueError where they do not fit."""
+    codecs = [group.codecs[MAIN] for group in groups]
+    first = codecs[0] if codecs else None
+    if not isinstance(first, HeadCodec):
+        raise ValueError(f"{MAIN!r} is kept as {first and first.name}")
+    if len(codecs) == 1:
+        return first
+    parts = [codec for codec in codecs if isinstance(codec, Members)]
+    if len(parts) < len(codecs) or any(part.inner != parts[0].inner for part in parts):
+        raise ValueError("the groups of targets keep their members in different ways")
+    members = tuple(name for part in parts for name in part.members)
+    if len(set(members)) < len(members):
+        raise ValueError("a member is kept in two groups")
+    return Members(inner=parts[0].inner, members=members)
 
 
 def unit_rows(rows: int, row_bytes: int) -> int:

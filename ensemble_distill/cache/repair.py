@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
+from ensemble_distill.cache.collect import sealed_since
+from ensemble_distill.cache.commits import Commits, committed_units, held_plan, lost_shards, plan_in_force
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Damage, Verdict
 from ensemble_distill.errors import Corrupt, Error, StorageError, Unsafe
@@ -69,6 +70,7 @@ def repair(store: Store, check: Callable[[], Verdict], begin: Callable[[], objec
     where a file could not be written or removed.
     """
     mended = Mended()
+    _move_on(store, mended)
     _mend_pointer(store, mended)
     _restore_commits(store, mended)
     mended.check(store.root)
@@ -197,6 +199,15 @@ def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
         if not store.says_lost(name):
             with mended.attempt(mended.removed, name):
                 store.storage.remove(name)
+
+
+def _move_on(store: Store, mended: Mended) -> None:
+    """CURRENT, where it was put back to what something was appended to: on to what was sealed then, if it is there."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        while later := [name for name in sealed_since(store) if not lost_shards(store, store.manifest(name))]:
+            if not store.storage.swap("CURRENT", f"{store.current()}\n".encode(), f"{later[0]}\n".encode()):
+                return  # somebody else moves it
+            mended.restored.append("CURRENT")
 
 
 def _mend_pointer(store: Store, mended: Mended) -> None:

@@ -9,14 +9,15 @@ from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.commits import Commits, check_layout, check_plan, held_plan, plan_in_force
+from ensemble_distill.cache.collect import sealed_since
+from ensemble_distill.cache.commits import Commits, check_layout, check_plan, check_size, held_plan, plan_in_force
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.formats.layout import read_segments, read_tokens
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.records import PAGE_UNITS, Commit
+from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store, unit_of
 
 # What a shard is held against beyond its hashes: its bytes, the commit, the group.
@@ -150,6 +151,8 @@ def _checks(
         yield partial(_check, "manifest", None, partial(_same_sums, store, verdict.manifest_digest, sums))
     if verdict.sealed:
         yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
+    if verdict.sealed and trusted is None:
+        yield partial(_check, "manifest", None, partial(_newest, store))
     yield from _appended(store, plan, deep)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
@@ -231,20 +234,42 @@ def _same_sums(store: Store, digest: str, sums: Sums) -> int:
 
 def _parents(store: Store, digest: str) -> int:
     """The manifests that this one was appended to, as far as they are there (a copy has none): with their plans and
-    pages, and what the commits on these add up to."""
+    pages, what the commits on these add up to, and whether their shards are there, by their sizes."""
     size, parent = 0, store.manifest(digest).parent
     while parent is not None and store.storage.size(f"manifests/{parent}.json") is not None:
-        manifest = store.manifest(parent)
-        plan = store.plan(manifest.plan, Plan)
-        commits, sums = Commits(store, plan, manifest), Sums(plan, store.root)
-        for number in range(plan.units):
-            item, group = divmod(number, len(plan.groups))
-            sums.add(plan.item(item), plan.groups[group], vars(commits.at(number)))
-        if problem := contradiction(manifest, sums.manifest(manifest.plan, manifest.pages, manifest.parent)):
-            raise Corrupt(f"{store.root}/manifests/{parent}.json: {problem}")
+        try:
+            manifest = store.manifest(parent)
+            _sums_of_parent(store, manifest)
+        except (Corrupt, Unsafe) as error:
+            raise type(error)(
+                f"{error}: so the cache cannot be opened as it was before an append (manifests/{parent}.json): restore "
+                "this from a copy, or remove that file, and it is given up"
+            ) from error
         size += sum(store.storage.size(f"pages/{page}.json") or 0 for page in manifest.pages)
         parent = manifest.parent
     return size
+
+
+def _sums_of_parent(store: Store, manifest: Manifest) -> None:
+    """Corrupt unless its shards are there and its commits add up to what it says."""
+    plan = store.plan(manifest.plan, Plan)
+    commits, sums = Commits(store, plan, manifest), Sums(plan, store.root)
+    for number in range(plan.units):
+        (item, group), commit = divmod(number, len(plan.groups)), commits.at(number)
+        check_size(store, commit)
+        sums.add(plan.item(item), plan.groups[group], vars(commit))
+    if problem := contradiction(manifest, sums.manifest(manifest.plan, manifest.pages, manifest.parent)):
+        raise Corrupt(f"{store.root}: {problem}")
+
+
+def _newest(store: Store) -> int:
+    """Nothing was appended to what is in force and sealed: a CURRENT that somebody put back looks so."""
+    if later := sealed_since(store):
+        raise Corrupt(
+            f"{store.root}: CURRENT names {store.current()}, to which something was appended that was sealed as "
+            f"{later[0]}: `ensemble-distill repair {store.root}` puts it in force"
+        )
+    return 0
 
 
 def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator[Check]:

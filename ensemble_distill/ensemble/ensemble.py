@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,26 @@ _SAID = {"all": "all classes", "topk": "its likeliest classes only"}
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What the ensemble said about a batch, on the first device.
+class Ran:
+    """What members gave for a batch, on the first device.
 
-    logprobs: float32 [B, C]. members: float32 log-probabilities [B, C] of each, at its own temperature.
-    features: float32 [B, ...] by tap field. masks: bool [B, T] of those that are ragged.
-    known: bool [B, C], the classes that all members told apart, whose log-probabilities alone are known; None where all
-    are, or are taken as even.
+    logits: float32 [B, C] by member, at its own temperature. features: float32 [B, ...] by tap field. masks: bool
+    [B, T] of those that are ragged. known: bool [B, C], the classes that all members told apart, whose
+    log-probabilities alone are known; None where all are, or are taken as even.
     """
+
+    logits: dict[str, Tensor]
+    features: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    known: Tensor | None
+
+
+@dataclass(frozen=True)
+class Outputs(Ran):
+    """What the whole ensemble said: logprobs float32 [B, C], and those of each of its ``members``."""
 
     logprobs: Tensor
     members: list[Tensor]
-    features: dict[str, Tensor]
-    known: Tensor | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Ensemble:
@@ -94,40 +100,44 @@ class Ensemble:
         self.precision = choose_precision(choice, self.devices[0], step)
         return self.precision
 
-    @torch.inference_mode()
-    def __call__(
-        self, inputs: Mapping[str, Tensor], held: Mapping[str, Tensor] | None = None, tapped: Collection[str] = ()
-    ) -> Outputs:
-        """Run the members on a batch (inputs by name, [B, ...]).
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
+        """Run all members on a batch (inputs by name, [B, ...]) and average what they say; raises what these raise."""
+        ran = self.run(inputs)
+        return Outputs(ran.logits, ran.features, ran.masks, ran.known, *self.average(ran.logits))
 
-        ``held``: log-probabilities [B, C], at their own temperature, of members that said so before: these do not run,
-        unless they are among ``tapped``. Raises InvalidRow for what is no distribution, naming the member and the row:
-        NaN, +inf, log-probabilities that do not sum to one.
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Tensor], names: Collection[str] | None = None) -> Ran:
+        """Run these members (by default all) on a batch.
+
+        Raises InvalidRow for what is no distribution, naming the member and the row.
         """
-        held = held or {}
-        which = [i for i, name in enumerate(self.names) if name not in held or name in tapped]
+        which = [i for i, name in enumerate(self.names) if names is None or name in names]
         said, raw = self._forward(inputs, which)
         features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
         first = self.devices[0]
-        scaled = {self.names[i]: s.logits.to(first) / self.temperatures[i] for i, s in zip(which, said, strict=True)}
-        tempered = [held[name].to(first) if name in held else scaled[name] for name in self.names]
+        logits = {self.names[i]: s.logits.to(first) / self.temperatures[i] for i, s in zip(which, said, strict=True)}
+        features = {name: f.to(first) for name, f in features.items()}
+        known = self._known(said, list(logits))
+        return Ran(logits, features, self._tapped.masks(inputs, features), known)
+
+    @torch.inference_mode()
+    def average(
+        self, logits: Mapping[str, Tensor], shares: Sequence[float] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities [B, C] of the ensemble of these members (logits [B, C], each at its own temperature), and
+        of each. ``shares``: by default those of the configuration.
+
+        Raises InvalidRow for NaN and +inf, naming the member and the row.
+        """
+        tempered = [z.to(self.devices[0]) for z in logits.values()]
         members = [torch.log_softmax(z, dim=1) for z in tempered]
-        for name, logprobs in zip(self.names, members, strict=True):
+        for name, logprobs in zip(logits, members, strict=True):
             _check(f"member {name!r}", logprobs)
-        combined = combine(tempered, self.config.shares, self.config.combine)
+        combined = combine(tempered, self.config.shares if shares is None else shares, self.config.combine)
         if self.temperature != 1:
             combined = torch.log_softmax(combined / self.temperature, dim=1)
         _check("the ensemble", combined)
-        known = self._known(said, [self.names[i] for i in which])
-        features = {name: f.to(first) for name, f in features.items()}
-        return Outputs(combined, members, features, known, self._tapped.masks(inputs, features))
-
-    def taps(self, inputs: Mapping[str, Tensor], members: Collection[str]) -> Outputs:
-        """The features of these members alone; what they predict is left out."""
-        raw = self._forward(inputs, [i for i, name in enumerate(self.names) if name in members])[1]
-        features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
-        features = {name: f.to(self.devices[0]) for name, f in features.items()}
-        return Outputs(torch.empty(0), [], features, masks=self._tapped.masks(inputs, features))
+        return combined, members
 
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The taps of a few rows, to learn their shapes; from then on these, and what each ``gives``, are fixed."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.cache import Cache
-from ensemble_distill.cache.plan import MAIN, TARGETS, Group, Plan, field_name
+from ensemble_distill.cache.plan import MAIN, Plan, field_name
 from ensemble_distill.codec import Dense, Features, HeadCodec, Members, TopK, VarOpt
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.features import spread
@@ -26,9 +26,10 @@ from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.phase import Phase, Report, silent
-from ensemble_distill.recording.capture import encoded
+from ensemble_distill.recording.capture import encoded, encoded_feature
 from ensemble_distill.recording.fidelity import scattered
-from ensemble_distill.recording.shown import said_of, show
+from ensemble_distill.recording.shown import show
+from ensemble_distill.recording.stages import Stage, stages
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.targets import Targets
 
@@ -198,14 +199,18 @@ def _compare(
 ) -> None:
     """Add a batch of rows in one view to the differences by field."""
     shown = show(source, plan, plan.item(plan.number(split, view, 0)), index)
-    outputs, keys = ensemble(shown.inputs), shown.keys
-    said = said_of(outputs, shown, plan, view)
+    ran, keys = ensemble.run(shown.inputs), shown.keys
+    known = {stage.group.name: stage for stage in stages(plan)}
     rows = cache.table(split).rows(keys, index)
     rounding = ROUNDING[cache.plan.capture.precision]
     names = [f"sample {i} in view {view} (key {k.tobytes().hex()})" for i, k in zip(index, keys, strict=True)]
     for group in cache.plan.groups:
         held = cache.arrays_at(group, rows, view, split)
-        anew = {h: {n: v.cpu() for n, v in encoded(c, h, said, outputs).items()} for h, c in group.codecs.items()}
+        if (stage := known.get(group.name)) is not None:
+            said = stage.said(ensemble, ran, {}, shown, view)
+            anew = {head: _on_cpu(encoded(codec, said)) for head, codec in group.codecs.items()}
+        else:
+            anew = {head: _on_cpu(encoded_feature(codec, head, ran)) for head, codec in group.codecs.items()}
         for head in group.codecs:
             for name, old in held[head].items():
                 place = found.setdefault(field_name(head, name), Difference())
@@ -217,8 +222,12 @@ def _compare(
                 _add_features(
                     found.setdefault(f"{head} (decoded)", Difference()), codec, held[head], anew[head], rounding, names
                 )
-        if group.name == TARGETS:
-            _add_targets(found.setdefault(DECODED, Difference()), cache, group, held[MAIN], anew[MAIN], names)
+        if stage is not None:
+            _add_targets(found.setdefault(DECODED, Difference()), cache, stage, held[MAIN], anew[MAIN], names)
+
+
+def _on_cpu(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in arrays.items()}
 
 
 def _count_equal(place: Difference, old: Tensor, new: Tensor) -> None:
@@ -261,14 +270,14 @@ def _add_features(
 def _add_targets(
     place: Difference,
     cache: Cache,
-    group: Group,
+    stage: Stage,
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
     names: list[str],
 ) -> None:
     """The total variation of decoded rows against what the codec and the members' rounding explain."""
-    codec = cast(HeadCodec, group.codecs[MAIN])
-    a, b = (decode(codec, arrays, cache.mixture) for arrays in (old, new))
+    codec = cast(HeadCodec, stage.group.codecs[MAIN])
+    a, b = (decode(codec, arrays, stage.of_its_own) for arrays in (old, new))
     rest = torch.zeros(len(names), dtype=torch.float64)
     if a.residual is not None and b.residual is not None:
         rest = (a.residual.double() - b.residual.double()).abs()

@@ -19,23 +19,23 @@ from torch import Tensor
 
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.partial import LooseCommits, whole
-from ensemble_distill.cache.plan import MAIN, Group, Plan, WorkItem, field_name
+from ensemble_distill.cache.plan import Group, Plan, WorkItem, field_name
 from ensemble_distill.cache.ragged import Tokens, unpacked
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
-from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
+from ensemble_distill.ensemble.ensemble import Ensemble, Ran
 from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, StorageError
 from ensemble_distill.metrics import count
-from ensemble_distill.mixture import Mixture
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.recording.fidelity import fidelity
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.seal import seal
-from ensemble_distill.recording.shown import Shown, said_of, show
+from ensemble_distill.recording.shown import Shown, show
+from ensemble_distill.recording.stages import Stage, stages
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.records import Commit
@@ -130,6 +130,7 @@ class Recorder:
         self._done = committed_units(self.store, self.plan)
         self._check_space(span)
         self._digest = self._adopt_plan()
+        self._stages = stages(self.plan)
         # Only what was committed before is read, a unit at a time.
         self._rows = Rows(self.store, self.plan, LooseCommits(self.store, self.plan, self._digest), whole(self.plan), 0)
         self.progress = progress = Progress(units=int(self._done.sum()), units_total=self.plan.units)
@@ -226,7 +227,7 @@ class Recorder:
                 opened = opened or self._open(piece.item)
                 start = time.perf_counter()
                 with memory_errors(self.plan.capture.batch_size):
-                    opened.add(piece, self._forward(piece, opened))
+                    self._run(piece, opened)
                 progress.seconds["teachers"] += time.perf_counter() - start
                 progress.rows += len(piece.shown.keys)
                 if piece.last_of_item:
@@ -262,15 +263,19 @@ class Recorder:
         """What an item still lacks: all of it in a first capture, less where something is appended or was dropped."""
         first = self.plan.number(item.split, item.view, item.page) * len(self.plan.groups)
         lacking = [g for g, done in zip(self.plan.groups, self._done[first:], strict=False) if not done]
-        return _OpenItem(item, self.plan, lacking or list(self.plan.groups))
+        return _OpenItem(item, self.plan, self._stages, lacking or list(self.plan.groups))
 
-    def _forward(self, piece: _Piece, opened: _OpenItem) -> Outputs:
+    def _run(self, piece: _Piece, opened: _OpenItem) -> None:
+        """A batch through the members, stage by stage, into the records of its item."""
         try:
-            if not opened.predicts:
-                return self.ensemble.taps(piece.shown.inputs, opened.tapped)
-            index = np.arange(piece.first, piece.first + len(piece.shown.keys))
-            held = {name: said for group in opened.held for name, said in self._held(group, piece.item, index)}
-            return self.ensemble(piece.shown.inputs, held, opened.tapped)
+            ran = self.ensemble.run(piece.shown.inputs, opened.running)
+            before: dict[str, Tensor] = {}
+            for stage in opened.stages:
+                if opened.lacks(stage):
+                    opened.add_said(stage, piece, stage.said(self.ensemble, ran, before, piece.shown, piece.item.view))
+                if stage is not opened.stages[-1]:
+                    before |= stage.kept(self._arrays(stage, piece, opened))
+            opened.add(piece, ran)
         except InvalidRow as error:
             raise InvalidOutput(
                 f"{error} for sample {piece.first + error.row} of {piece.item.split} "
@@ -280,13 +285,14 @@ class Recorder:
                 hint=error.hint or f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
-    def _held(self, group: Group, item: WorkItem, index: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-        """What members said of these rows when their group was captured: log-probabilities [B, C] by name."""
-        codec, rows = group.codecs[MAIN], self._rows.gather(group, item.split, item.view, index)
-        assert isinstance(codec, Members)
-        arrays = {name: torch.from_numpy(rows[field_name(MAIN, name)]) for name in codec.arrays()}
-        for name in codec.members:
-            yield name, heads.decode(codec, arrays, Mixture(((name, 1.0),), "mean_probs")).logprobs
+    def _arrays(self, stage: Stage, piece: _Piece, opened: _OpenItem) -> dict[str, Tensor]:
+        """What a stage has kept of the predictions of a batch: just now, or when its unit was captured."""
+        if opened.lacks(stage):
+            rows = opened.records[stage.group.name][opened.part(piece)]
+        else:
+            index = np.arange(piece.first, piece.first + len(piece.shown.keys))
+            rows = self._rows.gather(stage.group, piece.item.split, piece.item.view, index)
+        return stage.arrays(rows)
 
     def _prove_partners(self, split: str, rows: np.ndarray, keys: np.ndarray) -> None:
         """Mismatch where what samples were mixed with (rows int64 [B], keys uint8 [B, 16]) is not what was captured.
@@ -328,7 +334,7 @@ class Recorder:
         opened.measure()
         commits = []
         for group in opened.groups:
-            statistics = opened.tally.state() if group.name == self.plan.said[-1].name else None
+            statistics = opened.tallies[group.name].state() if group.name in opened.tallies else None
             records, unit = opened.records[group.name], item.unit(group)
             tokens = opened.tokens[group.name].table() if group.name in opened.tokens else None
             commit, first = self.store.put_unit(
@@ -358,83 +364,99 @@ class Recorder:
 class _OpenItem:
     """The records of one work item while they are filled; ``missing`` rows are still to come.
 
-    groups: those that the item lacks. predicts: whether predictions are among them; held: groups of predictions that
-    are not. tapped: the members whose features are wanted.
+    groups: those that the item lacks. stages: of the predictions, up to the last that it lacks. running: the members
+    whose predictions or features are wanted.
     """
 
-    def __init__(self, item: WorkItem, plan: Plan, groups: Sequence[Group]) -> None:
+    def __init__(self, item: WorkItem, plan: Plan, known: Sequence[Stage], groups: Sequence[Group]) -> None:
         self.item, self.groups = item, groups
         rows = self.missing = item.rows
-        self._plan = plan
-        lacking = {group.name for group in groups}
-        self.held = [group for group in plan.said if group.name not in lacking]
-        self.predicts = len(self.held) < len(plan.said)
-        self.tapped = {tap_member(head) for g in groups for head, c in g.codecs.items() if isinstance(c, Features)}
+        self._names = {group.name for group in groups}
+        lacking = [n for n, stage in enumerate(known) if self.lacks(stage)]
+        self.stages = known[: lacking[-1] + 1] if lacking else ()
+        self.running = {tap_member(head) for g in groups for head, c in g.codecs.items() if isinstance(c, Features)}
+        self.running |= {name for n in lacking for name in known[n].own}
         # zeros: the padding inside records is part of what is hashed and committed
         self.records = {g.name: np.zeros(rows, g.dtype) for g in groups}
         self.tokens = {g.name: Tokens(g.token) for g in groups if g.token is not None}
         self.keys = np.empty((rows, 16), np.uint8)
-        self._mixture = _mixture(plan)
-        self._uncoded: list[Tensor] = []
         self.partners: list[tuple[np.ndarray, np.ndarray]] = []  # rows and keys that the samples are mixed with
-        self.tally = Tally.empty(plan.predictors, len(plan.reading.classes))
+        classes = len(plan.reading.classes)
+        self.tallies = {known[n].group.name: Tally.empty([*known[n].names, "ensemble"], classes) for n in lacking}
+        self._uncoded: list[Tensor] = []
 
-    def add(self, piece: _Piece, outputs: Outputs) -> None:
+    def lacks(self, stage: Stage) -> bool:
+        return stage.group.name in self._names
+
+    def part(self, piece: _Piece) -> slice:
+        """Where the rows of a batch stand in the records."""
         start = piece.first - self.item.first
-        part = slice(start, start + len(piece.shown.keys))
+        return slice(start, start + len(piece.shown.keys))
+
+    def add_said(self, stage: Stage, piece: _Piece, said: Said) -> None:
+        """The predictions of a stage that the item lacks, and its statistics."""
+        part = self.part(piece)
+        for head, codec in stage.group.codecs.items():
+            self._put(stage.group, head, part, encoded(codec, said))
+        if stage is self.stages[0] and part.start < FIDELITY_ROWS:
+            self._uncoded.append(said.logprobs[: FIDELITY_ROWS - part.start].cpu().clone())
+        predictors = [*said.members, said.logprobs]
+        count(self.tallies[stage.group.name], predictors, piece.shown.labels, stage.mixture)
+
+    def add(self, piece: _Piece, ran: Ran) -> None:
+        """Keys and features of a batch, which then is done."""
+        part = self.part(piece)
         self.keys[part] = piece.shown.keys
-        self.missing -= len(piece.shown.keys)
         if (partners := piece.shown.partners) is not None:
             self.partners.append((partners.rows, partners.keys))
-        said = said_of(outputs, piece.shown, self._plan, self.item.view)
         for group in self.groups:
             for head, codec in group.codecs.items():
-                arrays = {n: values.cpu().numpy() for n, values in encoded(codec, head, said, outputs).items()}
-                if isinstance(codec, Features) and codec.mask is not None:
-                    arrays = self._without_tokens(group, codec, arrays)
-                for name, values in arrays.items():
-                    self.records[group.name][field_name(head, name)][part] = values
-        if not self.predicts:
-            return
-        if start < FIDELITY_ROWS and not self.held:
-            self._uncoded.append(outputs.logprobs[: FIDELITY_ROWS - start].cpu().clone())
-        count(self.tally, [*outputs.members, outputs.logprobs], piece.shown.labels, self._mixture)
+                if isinstance(codec, Features):
+                    self._put(group, head, part, self._feature(group, head, codec, ran))
+        self.missing -= len(piece.shown.keys)
 
-    def _without_tokens(self, group: Group, codec: Features, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays of a ragged feature as they stand in rows; the tokens go to those of the unit."""
+    def _put(self, group: Group, head: str, part: slice, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
+        for name, values in arrays.items():
+            held = values.cpu().numpy() if isinstance(values, Tensor) else values
+            self.records[group.name][field_name(head, name)][part] = held
+
+    def _feature(self, group: Group, head: str, codec: Features, ran: Ran) -> Mapping[str, Tensor | np.ndarray]:
+        """The arrays of a feature as they stand in rows; the tokens of a ragged one go to those of the unit."""
+        whole = encoded_feature(codec, head, ran)
+        if codec.mask is None:
+            return whole
+        arrays = {name: values.cpu().numpy() for name, values in whole.items()}
         (token,) = codec.token()
         mask = unpacked(arrays["mask"], group.most_tokens)
-        start = self.tokens[group.name].add(mask, arrays[token])
-        return {name: values for name, values in arrays.items() if name != token} | {"start": start}
+        start = self.tokens[group.name].add(mask, arrays.pop(token))
+        return arrays | {"start": start}
 
     def measure(self) -> None:
-        """Add what the codec of the targets lost in the first rows: what stands in the records, decoded."""
+        """Add what the codec of the first predictions lost in the first rows: what stands in the records, decoded."""
         if not self._uncoded:
             return
-        uncoded, arrays = torch.cat(self._uncoded), {}
-        for group in self._plan.said:
-            held = self.records[group.name][: len(uncoded)]
-            for name in group.codecs[MAIN].arrays():
-                arrays[name] = torch.from_numpy(held[field_name(MAIN, name)].copy())
-        self.tally.add("fidelity", fidelity(heads.decode(self._plan.head, arrays, self._mixture), uncoded))
+        stage, uncoded = self.stages[0], torch.cat(self._uncoded)
+        arrays = stage.arrays(self.records[stage.group.name][: len(uncoded)])
+        lost = fidelity(heads.decode(stage.head, arrays, stage.mixture), uncoded)
+        self.tallies[stage.group.name].add("fidelity", lost)
 
 
-def _mixture(plan: Plan) -> Mixture:
-    shares = tuple((member.name, member.share) for member in plan.capture.members)
-    return Mixture(shares, plan.reading.combine, plan.reading.temperature_after)
-
-
-def encoded(codec: AnyCodec, head: str, said: Said, outputs: Outputs) -> dict[str, Tensor]:
-    """The arrays that a codec makes of a batch."""
-    if isinstance(codec, Features):
-        return features.encode(codec, outputs.features[head], head, outputs.masks.get(head))
+def encoded(codec: AnyCodec, said: Said) -> dict[str, Tensor]:
+    """The arrays that a codec of predictions, of figures or of partners makes of a batch."""
     if isinstance(codec, PartnerKey):
         return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
     if isinstance(codec, RowFigures):
         return heads.encode_figures(said)
     if isinstance(codec, Members):
         said = replace(said, members=[said.members[said.names.index(name)] for name in codec.members])
+    assert not isinstance(codec, Features), "features are of members, and not of what the ensemble said"
     return heads.encode(codec, said)
+
+
+def encoded_feature(codec: AnyCodec, head: str, ran: Ran) -> dict[str, Tensor]:
+    """The arrays that a codec makes of a tap's feature."""
+    assert isinstance(codec, Features)
+    return features.encode(codec, ran.features[head], head, ran.masks.get(head))
 
 
 def tap_member(head: str) -> str:

@@ -35,6 +35,7 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
         )
     more = splits != base.splits or groups != base.groups
     fields: dict[str, Any] = dict(wanted) | {
+        "capture": wanted.capture.model_copy(update={"shares_before": _shares_before(base, wanted)}),
         "splits": splits,
         "groups": groups,
         "parents": (*base.parents, digest) if more else base.parents,
@@ -45,6 +46,13 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
         raise UsageError(
             f"{where}: this cannot be appended ({explain(error, Plan)})", hint="capture it into another directory"
         ) from error
+
+
+def _shares_before(base: Plan, wanted: Plan) -> tuple[tuple[float, ...], ...]:
+    """The shares before each append of members, so that units of before can be captured again as they were."""
+    shares = tuple(member.share for member in base.capture.members)
+    before = base.capture.shares_before
+    return (*before, shares) if len(wanted.capture.members) > len(shares) else before
 
 
 def _same(base: Plan, wanted: Plan, where: str) -> None:

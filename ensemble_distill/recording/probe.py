@@ -21,13 +21,13 @@ from ensemble_distill.codec import Features, HeadCodec
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
-from ensemble_distill.ensemble.ensemble import Ensemble, Outputs
+from ensemble_distill.ensemble.ensemble import Ensemble, Ran
 from ensemble_distill.errors import InvalidOutput
 from ensemble_distill.metrics import count
-from ensemble_distill.mixture import Mixture
 from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.recording.estimate import errors
-from ensemble_distill.recording.shown import Shown, said_of, show
+from ensemble_distill.recording.shown import Shown, show
+from ensemble_distill.recording.stages import stages
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.tally import Tally
 from ensemble_distill.targets import Said
@@ -84,8 +84,7 @@ class Probe:
 
     def __init__(self, plans: Mapping[str, Plan], own: Plan, ensemble: Ensemble, sources: Mapping[str, Source]) -> None:
         self.plans, self.own, self.ensemble, self.sources = plans, own, ensemble, sources
-        shares = tuple((m.name, m.share) for m in own.capture.members)
-        self.mixture = Mixture(shares, own.reading.combine, own.reading.temperature_after)
+        (self.stage,) = stages(own)
         self.tally = Tally.empty([*ensemble.names, "ensemble"])
 
     def run(self, batches: int, report: Report = silent) -> Measured:
@@ -109,12 +108,11 @@ class Probe:
         read = partial(show, self.sources[item.split], self.own, item, index)
         shown = self._timed(seconds.reading[rendered], rows, read)
         forward = partial(self._forward, item, index, shown)
-        outputs = self._timed(seconds.teachers[rendered], rows, forward)
-        said = said_of(outputs, shown, self.own, item.view)
-        self._timed(seconds.figures, rows, partial(self._figures, said, outputs))
+        ran, said = self._timed(seconds.teachers[rendered], rows, forward)
+        self._timed(seconds.figures, rows, partial(self._figures, said, ran))
         for name, plan in self.plans.items():
             self._codec(measured, name, plan, said)
-        for tap, mask in outputs.masks.items():
+        for tap, mask in ran.masks.items():
             measured.tokens[tap] += int(mask.sum())
         measured.batches += 1
         measured.rows += rows
@@ -127,7 +125,7 @@ class Probe:
         order = np.random.default_rng(0).permutation(rows)  # a reader gathers rows in any order
         self._timed(seconds.decode[name], rows, lambda: self._decode(plan, records[order]))
         few = _first(said, max(1, MAX_CELLS // said.logprobs.shape[1]))
-        measured.errors[name].append((len(few.logprobs), errors(_head(plan), few, self.mixture)))
+        measured.errors[name].append((len(few.logprobs), errors(_head(plan), few, self.stage.mixture)))
 
     def _timed(self, kind: list[float], rows: int, function: Callable[[], T]) -> T:
         """What a function gives; the seconds that it took, by row, are added to their kind."""
@@ -139,9 +137,10 @@ class Probe:
         kind.append((time.perf_counter() - start) / rows)
         return result
 
-    def _forward(self, item: WorkItem, index: np.ndarray, shown: Shown) -> Outputs:
+    def _forward(self, item: WorkItem, index: np.ndarray, shown: Shown) -> tuple[Ran, Said]:
         try:
-            return self.ensemble(shown.inputs)
+            ran = self.ensemble.run(shown.inputs)
+            return ran, self.stage.said(self.ensemble, ran, {}, shown, item.view)
         except InvalidRow as error:
             raise InvalidOutput(
                 f"{error} for sample {index[error.row]} of {item.split} "
@@ -149,13 +148,12 @@ class Probe:
                 hint=f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
-    def _figures(self, said: Said, outputs: Outputs) -> None:
+    def _figures(self, said: Said, ran: Ran) -> None:
         """What every capture does with a batch, whatever its codec."""
-        masks = outputs.masks
-        coded = [features.encode(self._tap(tap), f, tap, masks.get(tap)) for tap, f in outputs.features.items()]
+        coded = [features.encode(self._tap(tap), f, tap, ran.masks.get(tap)) for tap, f in ran.features.items()]
         for array in (array for arrays in [heads.encode_figures(said), *coded] for array in arrays.values()):
             array.cpu()
-        count(self.tally, [*outputs.members, outputs.logprobs], said.labels)
+        count(self.tally, [*said.members, said.logprobs], said.labels)
 
     def _tap(self, field: str) -> Features:
         return cast(Features, next(group.codecs[field] for group in self.own.groups if field in group.codecs))
@@ -163,7 +161,7 @@ class Probe:
     def _decode(self, plan: Plan, records: np.ndarray) -> None:
         codec = _head(plan)
         arrays = {name: torch.from_numpy(records[field_name(MAIN, name)]) for name in codec.arrays()}
-        heads.decode(codec, arrays, self.mixture)
+        heads.decode(codec, arrays, self.stage.mixture)
 
 
 def spread(plan: Plan, batches: int) -> list[tuple[WorkItem, np.ndarray]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from ensemble_distill.cache.commits import check_sealed, committed_units, missing
+from ensemble_distill.cache.commits import check_sealed, committed_units, lost_shards, missing
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums
 from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
@@ -68,7 +68,11 @@ def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> s
         with contextlib.suppress(Corrupt, Unsafe):
             found.append((name, store.manifest(name)))
     again = [manifest.parent for _, manifest in found if manifest.plan == digest and manifest.parent is not None]
-    return next(iter([*again, *(name for name, manifest in found if manifest.plan == plan.parents[-1])]), None)
+    if again or current is not None:
+        return next(iter([*again, *(name for name, manifest in found if manifest.plan == plan.parents[-1])]), None)
+    # Of several captures of the same plan, that of which most is there.
+    of_parent = [(name, manifest) for name, manifest in found if manifest.plan == plan.parents[-1]]
+    return min(of_parent, key=lambda pair: lost_shards(store, pair[1]), default=("", None))[0] or None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.plan import Plan, WorkItem
-from ensemble_distill.ensemble.ensemble import Outputs
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.sources.mixing import Partners, mixed
-from ensemble_distill.targets import Said
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,3 @@ def show(source: Source, plan: Plan, item: WorkItem, index: np.ndarray) -> Shown
     inputs = render_inputs(inputs, keys, views, item.view)
     inputs, partners = mixed(inputs, keys, source, views, item.view, plan.splits[item.split].rows)
     return Shown(inputs, None if partners else labels, keys, partners)
-
-
-def said_of(outputs: Outputs, shown: Shown, plan: Plan, view: int) -> Said:
-    """What the members said of a batch, for the codecs of a plan."""
-    return Said(
-        outputs.logprobs,
-        outputs.members,
-        [member.share for member in plan.capture.members],
-        shown.labels,
-        shown.keys,
-        view,
-        known=outputs.known,
-        partner_keys=shown.partner_keys,
-        names=tuple(member.name for member in plan.capture.members),
-    )
