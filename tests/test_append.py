@@ -324,6 +324,20 @@ def test_units_are_captured_again_to_the_bit_whichever_are_lost(cli: Cli, lost: 
     cli("audit", "abc.py", "--cache", "grown", "--set", MEMBERS)
 
 
+def test_samples_are_appended_behind_those_there_are(cli: Cli) -> None:
+    """Also where there are no labels that would tell."""
+    cli.change("labels[part])", "None)")
+    cli.change("slice(0, 1000)", "slice(300, 1000)", to="later.py")
+    cli("cache", "later.py", "--out", "c", "--views", "1")
+    before = files(cli.folder / "c")
+    stderr = cli("append", "digits.py", "--cache", "c", "--views", "1", code=3).stderr
+    assert "row 0 of train is not the sample that was captured as that row" in stderr
+    assert files(cli.folder / "c") == before
+    cli.change("slice(0, 1000)", "np.r_[300:1000, 0:300]")
+    cli("append", "digits.py", "--cache", "c", "--views", "1")
+    cli("verify", "c")
+
+
 def test_a_parent_whose_shard_is_gone_is_told(cli: Cli) -> None:
     """A unit that comes out otherwise (as on another machine) is another shard: then what was before lacks it."""
     cli.change("image.float() / 16", 'image.float() / 16 + (HERE / "noise").exists() / 64')
@@ -736,7 +750,7 @@ def test_forged_statistics_of_what_was_there_before_come_into_no_new_manifest(cl
     store = open_store(cli.folder / "two")
     current = store.current()
     store.storage.replace(f"commits/{OLD}.json", records.seal(lied(store.commit(OLD))))
-    assert f"unit {OLD}: statistics that do not add up" in cli(*APPEND, code=4).stderr
+    assert f"{OLD}.json: not the commit that was sealed" in cli(*APPEND, code=4).stderr
     assert store.current() == current
     assert OLD in cli("verify", "two", code=4).stdout
     cli("repair", "two")

@@ -323,14 +323,14 @@ def test_an_interrupt_ends_a_capture_which_says_how_far_it_is(
     store = open_store(tmp_path / "cache", create=True)
     leases = Leases(store.storage)
     plan, ensemble = prepare(data, config, data.sources, store, leases, [torch.device("cpu")])
-    forward, calls = Recorder._forward, itertools.count(1)
+    forward, calls = Recorder._batch, itertools.count(1)
 
     def interrupted(self: Recorder, *args: object) -> object:
         if next(calls) == 5:
             raise KeyboardInterrupt
         return forward(self, *args)
 
-    monkeypatch.setattr(Recorder, "_forward", interrupted)
+    monkeypatch.setattr(Recorder, "_batch", interrupted)
     with pytest.raises(Interrupted, match="2/28 units committed"):
         Recorder(plan, ensemble, data.sources, store, leases).run(never_waits)
     assert len(list(store.committed())) == 2 and not leases.live()

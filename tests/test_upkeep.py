@@ -141,15 +141,32 @@ def test_a_pointer_to_the_plan_that_is_lost_is_put_back(cached: Cli, pipeline: t
     cached(*VERIFY)
 
 
-@pytest.mark.parametrize("name", ["CURRENT", "manifests/*", "plans/*"])
-def test_a_pointer_to_the_plan_is_not_guessed(cached: Cli, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"), [("manifests/*", "PLAN is damaged, and there are 2 plans"), ("plans/*", "lost or damaged")]
+)
+def test_a_pointer_to_the_plan_is_not_guessed(cached: Cli, name: str, message: str) -> None:
     """Two plans, and what would tell which of them is sealed is damaged as well."""
     root = cached.folder / "cache"
     flip(only(root, name))
     (root / "plans" / f"{'0' * 64}.json").write_text("{}")
     (root / "PLAN").unlink()
-    refused(cached("repair", "cache", "digits.py", code=4), "PLAN is damaged, and there are 2 plans")
+    refused(cached("repair", "cache", "digits.py", code=4), message)
     assert not (root / "PLAN").exists()
+
+
+@pytest.mark.parametrize("harm", ["lost", "damaged"])
+def test_both_pointers_are_put_back_by_what_was_sealed(cached: Cli, harm: str) -> None:
+    root = cached.folder / "cache"
+    pointers = {name: (root / name).read_bytes() for name in ("PLAN", "CURRENT")}
+    (root / "plans" / f"{'0' * 64}.json").write_text("{}")
+    for name in pointers:
+        (root / name).unlink()
+        if harm == "damaged":
+            (root / name).write_text("what is no digest")
+    stdout = cached("repair", "cache").stdout
+    assert "restored: CURRENT" in stdout and "restored: PLAN" in stdout
+    assert pointers == {name: (root / name).read_bytes() for name in pointers}
+    cached(*VERIFY)
 
 
 def test_what_is_no_cache_is_not_repaired(cached: Cli) -> None:
@@ -489,23 +506,19 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def falsify_plan(root: Path, manifest: bool) -> None:
-    """Another plan in force (and in the manifest) over commits that name the true one."""
+def falsify_plan(root: Path) -> None:
+    """Another plan in force and in the manifest, over commits that name the true one."""
     store = Store(LocalStorage(root))
     current = store.current()
     plan = a_plan()
     other = plan.model_copy(update={"reading": plan.reading.model_copy(update={"temperature_after": 3.0})})
     (root / "PLAN").unlink()
     digest = store.put_plan(other)
-    if manifest:
-        store.put_manifest(store.manifest(str(current)).model_copy(update={"plan": digest}), parent=current)
-    else:
-        (root / "CURRENT").unlink()
+    store.put_manifest(store.manifest(str(current)).model_copy(update={"plan": digest}), parent=current)
 
 
-@pytest.mark.parametrize("manifest", [True, False])
-def test_a_plan_that_was_put_under_other_commits_is_noticed_and_nothing_is_dropped(small: Path, manifest: bool) -> None:
-    falsify_plan(small, manifest)
+def test_a_plan_that_was_put_under_other_commits_is_noticed_and_nothing_is_dropped(small: Path) -> None:
+    falsify_plan(small)
     store = Store(LocalStorage(small))
     files = sorted(path.name for path in small.rglob("*") if path.is_file())
     assert "another plan" in str(verify(store).damaged[0])

@@ -141,7 +141,7 @@ def test_what_was_sealed_since_is_neither_given_up_nor_garbage(cached: Cli) -> N
     held = {folder: names(cache / folder) for folder in ("commits", "objects", "manifests", "pages", "plans")}
     assert f"sealed as {after.decode().strip()}" in cached("verify", "cache", code=4).stdout
     error = cached("append", "--cache", "cache", "--abandon", code=3).stderr
-    assert after.decode().strip() in error and "ensemble-distill seal cache" in error
+    assert after.decode().strip() in error and "ensemble-distill repair cache" in error
     cached("gc", "cache", "--delete", "--older-than", "0")
     assert held == {folder: names(cache / folder) for folder in held}
     for command in ("seal", "repair"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ensemble_distill.cache.collect import refuse_others, sealed_since
+from ensemble_distill.cache.collect import refuse_others
 from ensemble_distill.cache.commits import held_plan
+from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.verify import holds, of_a_larger_plan
 from ensemble_distill.errors import Corrupt, Mismatch
@@ -26,10 +27,10 @@ def abandon(store: Store) -> list[str]:
     with at_work(store.storage, "abandon") as lease:
         leases = Leases(lease_storage(store.storage))
         current, digest, sealed = _sealed(store)
-        if later := sealed_since(store):
+        if later := put_back(store):
             raise Mismatch(
-                f"{store.root}: what was appended is complete, and was sealed as {later[0]}",
-                hint=f"put that in force: ensemble-distill seal {store.root}",
+                f"{store.root}: what was appended is complete, and was sealed as {later.digest}",
+                hint=f"put that in force: ensemble-distill repair {store.root}",
             )
         held = str(store.plan_digest())
         units = list(_beyond(store, digest, sealed))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ensemble_distill.cache.commits import check_plan, held_plan
+from ensemble_distill.cache.history import newest
 from ensemble_distill.cache.plan import Plan
-from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
+from ensemble_distill.errors import Mismatch
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import Manifest
@@ -48,7 +48,7 @@ def garbage(store: Store, leases: Leases, older_than: float = 3600) -> list[Garb
         return [Garbage(name, store.storage.size(name) or 0) for name in sorted(names)]
     for folder in ("", "keys", "commits", *FOLDERS, "leases"):
         names += store.storage.temporaries(folder)
-    return list(_old(store.storage, sorted(names), time.time() - older_than))
+    return list(_old(store.storage, sorted(names), store.storage.now() - older_than))
 
 
 def refuse_others(store: Store, leases: Leases, own: str = "") -> None:
@@ -68,7 +68,8 @@ def _is_forgotten(storage: Storage, name: str) -> bool:
     with contextlib.suppress(FileNotFoundError):
         # Either way: where a clock was wrong, it may say that it is renewed in years.
         return (
-            isinstance(storage, LocalStorage) and abs((storage.path / name).lstat().st_mtime - time.time()) > FORGOTTEN
+            isinstance(storage, LocalStorage)
+            and abs((storage.path / name).lstat().st_mtime - storage.now()) > FORGOTTEN
         )
     return True
 
@@ -92,13 +93,13 @@ def remove(store: Store, found: list[Garbage]) -> None:
 
 def _reachable(store: Store, plan: Plan) -> Iterator[str]:
     """Every name that a reader, a resumed capture or a repair may ask for. Any damage on the way raises Corrupt."""
-    digest = str(store.plan_digest())
-    yield from (f"plans/{known}.json" for known in (digest, *plan.parents))
+    held = str(store.plan_digest())
+    yield from (f"plans/{known}.json" for known in (held, *plan.parents))
     if plan.capture.calibration is not None:
         yield f"calibrations/{plan.capture.calibration}.json"
     for unit in store.committed():
         commit = store.commit(unit)
-        check_plan(commit, plan, digest, store.root)
+        check_plan(commit, plan, held, store.root)
         yield f"objects/{commit.object}"
     current = store.current()
     if current is None and next(store.storage.list("manifests"), None) is not None:
@@ -106,14 +107,18 @@ def _reachable(store: Store, plan: Plan) -> Iterator[str]:
             f"{store.root} was sealed, and CURRENT is gone: what its manifests need looks like garbage",
             hint="seal or repair it first",
         )
-    for later in sealed_since(store):  # CURRENT may have been put back, or its mover been killed
-        yield from _of_manifest(store, later, store.manifest(later))
-    while current is not None:
-        manifest = store.manifest(current)
-        yield from _of_manifest(store, current, manifest)
-        current = manifest.parent  # what it was appended to can still be opened; a copy may lack it
-        if current is not None and store.storage.size(f"manifests/{current}.json") is None:
-            return
+    last = newest(store)
+    for digest in {current, None if last is None else last.digest}:  # CURRENT may have been put back
+        yield from _of_line(store, digest)
+
+
+def _of_line(store: Store, digest: str | None) -> Iterator[str]:
+    """All that a manifest leads to, and those that it was appended to: these can still be opened; a copy lacks them."""
+    while digest is not None:
+        manifest = store.manifest(digest)
+        yield from _of_manifest(store, digest, manifest)
+        there = manifest.parent is not None and store.storage.size(f"manifests/{manifest.parent}.json") is not None
+        digest = manifest.parent if there else None
 
 
 def _of_manifest(store: Store, digest: str, manifest: Manifest) -> Iterator[str]:
@@ -125,14 +130,3 @@ def _of_manifest(store: Store, digest: str, manifest: Manifest) -> Iterator[str]
         yield f"pages/{page}.json"
         for commit in store.page(page, sealed.page_limit(n)).commits:
             yield f"objects/{commit.object}"
-
-
-def sealed_since(store: Store) -> list[str]:
-    """The manifests that name the one in force as their parent: of appends that were sealed after it."""
-    current, found = store.current(), []
-    for name in store.storage.list("manifests") if current is not None else ():
-        digest = name.removeprefix("manifests/").removesuffix(".json")
-        with contextlib.suppress(Corrupt, Unsafe):
-            if store.manifest(digest).parent == current:
-                found.append(digest)
-    return found

@@ -23,10 +23,14 @@ OVERHEAD, OVERHEAD_FIELD = 1 << 16, 1 << 12
 
 def held_plan(store: Store) -> Plan:
     """The plan that a cache is captured under; Corrupt if there is none."""
+    return store.plan(_held_digest(store), Plan)
+
+
+def _held_digest(store: Store) -> str:
     digest = store.plan_digest()
     if digest is None:
         raise Corrupt(f"{store.root}/PLAN is missing")
-    return store.plan(digest, Plan)
+    return digest
 
 
 def missing(plan: Plan, done: np.ndarray) -> str:
@@ -96,15 +100,18 @@ class Commits:
 def plan_in_force(store: Store) -> tuple[Plan, str]:
     """The plan of what is sealed, where more is being appended to it; else the one that is captured under.
 
-    A pointer or a manifest that cannot be read is for those to tell who read it.
+    A pointer or a manifest that cannot be read is for those to tell who read it; Corrupt for a plan that is lost.
     """
-    held, digest = held_plan(store), str(store.plan_digest())
+    digest = _held_digest(store)
+    held, sealed = store.plan(digest, Plan), digest
     with contextlib.suppress(Corrupt, Unsafe):
-        current = store.current() if held.parents else None
-        sealed = store.manifest(current).plan if current is not None else digest
-        if sealed in held.parents:
-            return store.plan(sealed, Plan), sealed
-    return held, digest
+        if held.parents and (current := store.current()) is not None:
+            sealed = store.manifest(current).plan
+    return (store.plan(sealed, Plan), sealed) if sealed in held.parents else (held, digest)
+
+
+# What two captures of a unit have in common; they differ in who made them, and when.
+_OF_THE_UNIT = ("unit", "object", "size", "rows", "segments", "blocks", "content", "keys", "statistics")
 
 
 def check_sealed(store: Store, current: str, complete: bool = False) -> None:
@@ -124,7 +131,7 @@ def check_sealed(store: Store, current: str, complete: bool = False) -> None:
                 raise Corrupt(f"{store.root}/commits/{unit}.json is missing", hint=MEND)
             return
         found, meant = store.commit(unit), sealed.at(number)
-        if (found.content, found.keys) != (meant.content, meant.keys):
+        if any(getattr(found, name) != getattr(meant, name) for name in _OF_THE_UNIT):
             raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
         check_size(store, found)
 
@@ -137,15 +144,6 @@ def check_size(store: Store, commit: Commit) -> None:
     if (size := store.storage.size(f"objects/{commit.object}")) != commit.size:
         held = "not there" if size is None else f"{size} bytes, expected {commit.size}"
         raise Corrupt(f"{store.root}/objects/{commit.object} (unit {commit.unit}): {held}", hint=MEND)
-
-
-def lost_shards(store: Store, manifest: Manifest) -> int:
-    """How many shards of a manifest are gone or of another size; all, where that cannot be told."""
-    with contextlib.suppress(Corrupt, Unsafe):
-        plan = store.plan(manifest.plan, Plan)
-        commits = map(Commits(store, plan, manifest).at, range(plan.units))
-        return sum(store.storage.size(f"objects/{commit.object}") != commit.size for commit in commits)
-    return manifest.units
 
 
 def check_plan(commit: Commit, plan: Plan, digest: str, where: str) -> None:

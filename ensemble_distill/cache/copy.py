@@ -95,6 +95,13 @@ class _Origin:
         return commit
 
 
+def _other_capture(source: Store, target: Store, unit: str) -> Mismatch:
+    return Mismatch(
+        f"{target.root} holds another capture of the same plan than {source.root}: unit {unit} differs",
+        hint="copy into an empty or a new directory",
+    )
+
+
 def _other_plan(source: Store, target: Store) -> Mismatch:
     return Mismatch(
         f"{target.root} holds another cache than {source.root}: their plans differ",
@@ -123,10 +130,7 @@ def _is_whole(origin: _Origin, target: Store, number: int) -> bool:
     unit = origin.plan.unit_name(number)
     commit = target.commit(unit)
     if commit != origin.commit(number):
-        raise Mismatch(
-            f"{target.root} holds another capture of the same plan than {origin.store.root}: unit {unit} differs",
-            hint="copy into an empty or a new directory",
-        )
+        raise _other_capture(origin.store, target, unit)
     item, _ = origin.plan.locate(unit)
     keys = target.storage.size(f"keys/{item.split}-{item.page:08d}") == item.rows * KEY_BYTES
     return keys and target.storage.size(f"objects/{commit.object}") == commit.size
@@ -138,7 +142,9 @@ def _unit(origin: _Origin, target: Store, number: int) -> int:
     source, commit = origin.store, origin.commit(number)
     check_layout(commit, group, item, source.root)
     target.put_keys(item.split, item.page, source.keys(item.split, item.page, commit.keys, item.rows))
-    target.put_copy(item.unit(group), commit, source.object(commit))
+    unit = item.unit(group)
+    if not target.put_copy(unit, commit, source.object(commit)) and target.commit(unit) != commit:
+        raise _other_capture(source, target, unit)  # of somebody else who copies to the same place
     return commit.size
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ensemble_distill.cache.collect import sealed_since
-from ensemble_distill.cache.commits import Commits, committed_units, held_plan, lost_shards, plan_in_force
+from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
+from ensemble_distill.cache.history import is_whole, newest, put_back
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Damage, Verdict
 from ensemble_distill.errors import Corrupt, Error, StorageError, Unsafe
@@ -63,15 +63,14 @@ class Mended:
 def repair(store: Store, check: Callable[[], Verdict], begin: Callable[[], object] = lambda: None) -> Mended:
     """Act on what ``check`` (a ``verify``) finds. A cache that lacks units afterwards is not sealed: capture goes on.
 
-    ``begin`` is called before a unit is dropped; what it raises ends the repair, with nothing dropped.
+    ``begin`` is called before a unit is dropped or the seal given up; what it raises ends the repair.
 
     Commits that are not the sealed ones go first, while the seal is in force: without it nobody could tell. Raises
     Corrupt where the plan itself is damaged, for then nobody knows what the rest means; StorageError, at the end,
     where a file could not be written or removed.
     """
     mended = Mended()
-    _move_on(store, mended)
-    _mend_pointer(store, mended)
+    _mend_pointers(store, mended)
     _restore_commits(store, mended)
     mended.check(store.root)
     _remove_keys_of_nothing(store, mended)
@@ -117,7 +116,7 @@ def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], ob
     before = mended.files
     if lost := [damage for damage in verdict.damaged if damage.kind in ("plan", "calibration")]:
         raise Corrupt(f"{lost[0]}: this cannot be mended", hint=_to_restore(lost[0], store.root))
-    if any(damage.kind in ("appended", *OF_UNITS) for damage in verdict.damaged):
+    if any(damage.kind not in ("stray", "parent") for damage in verdict.damaged):
         begin()
     for damage in verdict.damaged:
         if damage.kind == "stray":
@@ -201,22 +200,17 @@ def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
                 store.storage.remove(name)
 
 
-def _move_on(store: Store, mended: Mended) -> None:
-    """CURRENT, where it was put back to what something was appended to: on to what was sealed then, if it is there."""
-    with contextlib.suppress(Corrupt, Unsafe):
-        while later := [name for name in sealed_since(store) if not lost_shards(store, store.manifest(name))]:
-            if not store.storage.swap("CURRENT", f"{store.current()}\n".encode(), f"{later[0]}\n".encode()):
-                return  # somebody else moves it
-            mended.restored.append("CURRENT")
-
-
-def _mend_pointer(store: Store, mended: Mended) -> None:
-    """PLAN, where it is lost, damaged or put back to a plan that was grown out of, and the cache itself tells it."""
-    held, sealed = _held(store), _sealed_plan(store)
-    if held is not None and (sealed is None or held not in sealed[1].parents):
+def _mend_pointers(store: Store, mended: Mended) -> None:
+    """CURRENT and PLAN, where they are lost, damaged or put back, and the cache itself tells what they said."""
+    last = newest(store)
+    if (later := put_back(store)) is not None and is_whole(store, later):
+        store.storage.replace("CURRENT", f"{later.digest}\n".encode())
+        mended.restored.append("CURRENT")
+    held = _held(store)
+    if held is not None and (last is None or held == last.manifest.plan or last.manifest.plan in _parents(store, held)):
         return
-    if sealed is not None:
-        digest = _appended_to(store, *sealed)
+    if last is not None:
+        digest = _appended_to(store, last.manifest.plan, last.plan)
     elif len(plans := list(store.storage.list("plans"))) == 1:
         digest = plans[0].removeprefix("plans/").removesuffix(".json")
     else:
@@ -229,21 +223,16 @@ def _mend_pointer(store: Store, mended: Mended) -> None:
     mended.restored.append("PLAN")
 
 
+def _parents(store: Store, digest: str) -> tuple[str, ...]:
+    return store.plan(digest, Plan).parents
+
+
 def _held(store: Store) -> str | None:
     """What PLAN says, if that is a plan that is there."""
     with contextlib.suppress(Corrupt):
         digest = store.plan_digest()
         if digest is not None and store.storage.size(f"plans/{digest}.json") is not None:
             return digest
-    return None
-
-
-def _sealed_plan(store: Store) -> tuple[str, Plan] | None:
-    """The plan of the manifest in force, where CURRENT, the manifest and the plan can be read."""
-    with contextlib.suppress(Corrupt, Unsafe):
-        if (current := store.current()) is not None:
-            digest = store.manifest(current).plan
-            return digest, store.plan(digest, Plan)
     return None
 
 

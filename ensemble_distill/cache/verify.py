@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.collect import sealed_since
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, check_size, held_plan, plan_in_force
+from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
@@ -50,12 +50,16 @@ class Damage:
 
 @dataclass
 class Verdict:
-    """What was looked at, and what is wrong; ``more`` says that the list is full and the search was given up."""
+    """What was looked at, and what is wrong; ``more`` says that the list is full and the search was given up.
+
+    waiting: a manifest that is whole, where CURRENT names none: it is lost, or its writer died before it.
+    """
 
     files: int = 0
     bytes: int = 0
     sealed: bool = False
     manifest_digest: str = ""
+    waiting: str = ""
     damaged: list[Damage] = field(default_factory=list)
     more: bool = False
 
@@ -151,8 +155,8 @@ def _checks(
         yield partial(_check, "manifest", None, partial(_same_sums, store, verdict.manifest_digest, sums))
     if verdict.sealed:
         yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
-    if verdict.sealed and trusted is None:
-        yield partial(_check, "manifest", None, partial(_newest, store))
+    if trusted is None:
+        yield partial(_check, "manifest", None, partial(_newest, store, verdict))
     yield from _appended(store, plan, deep)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
@@ -262,14 +266,17 @@ def _sums_of_parent(store: Store, manifest: Manifest) -> None:
         raise Corrupt(f"{store.root}: {problem}")
 
 
-def _newest(store: Store) -> int:
-    """Nothing was appended to what is in force and sealed: a CURRENT that somebody put back looks so."""
-    if later := sealed_since(store):
-        raise Corrupt(
-            f"{store.root}: CURRENT names {store.current()}, to which something was appended that was sealed as "
-            f"{later[0]}: `ensemble-distill repair {store.root}` puts it in force"
-        )
-    return 0
+def _newest(store: Store, verdict: Verdict) -> int:
+    """Corrupt where CURRENT was put back, and something else was sealed after what it names."""
+    if (later := put_back(store)) is None:
+        return 0
+    if (current := store.current()) is None:
+        verdict.waiting = later.digest
+        return 0
+    raise Corrupt(
+        f"{store.root}: CURRENT names {current}, to which something was appended that was sealed as {later.digest}: "
+        f"`ensemble-distill repair {store.root}` puts it in force"
+    )
 
 
 def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator[Check]:

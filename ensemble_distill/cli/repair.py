@@ -43,6 +43,7 @@ def command(
     from ensemble_distill.cache.repair import repair
     from ensemble_distill.cache.verify import verify
     from ensemble_distill.cli import console as ui
+    from ensemble_distill.recording.seal import remake, seal
     from ensemble_distill.store.store import open_store
 
     console = ui.Console(common.quiet)
@@ -65,6 +66,8 @@ def command(
         threads = os.cpu_count() or 1
         return verify(store, lambda v: report(v.files, len(v.damaged)), threads, most=1 << 18)
 
+    if remake(store):
+        console.say(f"restored: manifests/{store.current()}.json")
     with ui.stoppable(grace), console.live():
         mended = repair(store, check, begin if pipeline is not None else lambda: None)
     done = {"restored": mended.restored, "removed": mended.removed, "dropped": mended.dropped, "left": mended.left}
@@ -84,8 +87,6 @@ def command(
 
         run(console, begin, cache, common.workers, grace)
     elif store.current() is None:
-        from ensemble_distill.recording.seal import seal
-
         digest = seal(plan, str(store.plan_digest()), store)
         console.say(f"{cache}: sealed again, manifest digest {digest}")
     else:

@@ -90,9 +90,9 @@ def command(
             f"{cache}: {len(verdict.damaged)} of {verdict.files} files are damaged or missing",
             hint=f"ensemble-distill repair {cache} PIPELINE captures them again; or restore them from a copy",
         )
-    state = (
-        f"manifest digest {verdict.manifest_digest}"
-        if verdict.sealed
-        else "not complete: what is committed so far is whole"
-    )
+    state = "not complete: what is committed so far is whole"
+    if verdict.sealed:
+        state = f"manifest digest {verdict.manifest_digest}"
+    elif verdict.waiting:
+        state = f"not sealed, though manifest {verdict.waiting} is whole: ensemble-distill repair {cache}"
     console.say(f"{cache}: {verdict.files} files, {ui.size(verdict.bytes)}, all as they were committed; {state}")

@@ -37,7 +37,7 @@ from ensemble_distill.recording.seal import seal
 from ensemble_distill.recording.shown import Shown, show
 from ensemble_distill.recording.stages import Stage, stages
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.store.leases import Leases
+from ensemble_distill.store.leases import CAPTURING, PLANNING, Leases, at_work
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
 from ensemble_distill.tally import Tally
@@ -113,7 +113,7 @@ class Recorder:
         self.provenance = provenance() | {"device": ",".join(map(str, dict.fromkeys(ensemble.devices)))}
         self.progress = Progress(units=0, units_total=plan.units)
         self._done = np.zeros(0, bool)
-        self._digest = ""
+        self._digest = self._own = ""
         self._key_pages: dict[tuple[str, int], np.ndarray] = {}
 
     def run(
@@ -129,6 +129,10 @@ class Recorder:
         """
         self._done = committed_units(self.store, self.plan)
         self._check_space(span)
+        with at_work(self.store.storage, CAPTURING) as self._own:  # before a plan is adopted: so nobody drops that
+            return self._run(report, stop, workers, span)
+
+    def _run(self, report: Callable[[Progress], None], stop: Stop, workers: int, span: range | None) -> str | None:
         self._digest = self._adopt_plan()
         self._stages = stages(self.plan)
         # Only what was committed before is read, a unit at a time.
@@ -158,7 +162,7 @@ class Recorder:
 
     def _claim(self, todo: np.ndarray) -> Iterator[WorkItem]:
         """The items that this worker may do now; what others are at work on is left out."""
-        if self.leases.live():
+        if any(item != self._own for item in self.leases.live()):
             todo = np.roll(todo, secrets.randbelow(len(todo)))  # begin elsewhere than they did
         for number in todo:
             item = self.plan.item(int(number))
@@ -191,6 +195,10 @@ class Recorder:
             self.ensemble.precision = self.plan.capture.precision
             self.ensemble.temper(self.plan.reading.temperature_before, self.plan.reading.temperature_after)
         refuse_difference(held, self.plan, self.store.root)
+        while any(item.startswith(f"{PLANNING}-") for item in self.leases.live()):
+            time.sleep(POLL)  # somebody looks whether the plan may be dropped; he is done in a moment, or dead
+        if self.store.plan_digest() != digest:
+            raise Mismatch(f"{self.store.root}: its plan has changed meanwhile", hint="run the same command again")
         return digest
 
     def _check_space(self, span: range | None) -> None:
@@ -227,7 +235,7 @@ class Recorder:
                 opened = opened or self._open(piece.item)
                 start = time.perf_counter()
                 with memory_errors(self.plan.capture.batch_size):
-                    self._run(piece, opened)
+                    self._batch(piece, opened)
                 progress.seconds["teachers"] += time.perf_counter() - start
                 progress.rows += len(piece.shown.keys)
                 if piece.last_of_item:
@@ -265,7 +273,7 @@ class Recorder:
         lacking = [g for g, done in zip(self.plan.groups, self._done[first:], strict=False) if not done]
         return _OpenItem(item, self.plan, self._stages, lacking or list(self.plan.groups))
 
-    def _run(self, piece: _Piece, opened: _OpenItem) -> None:
+    def _batch(self, piece: _Piece, opened: _OpenItem) -> None:
         """A batch through the members, stage by stage, into the records of its item."""
         try:
             ran = self.ensemble.run(piece.shown.inputs, opened.running)

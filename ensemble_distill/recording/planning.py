@@ -13,6 +13,7 @@ from torch import Tensor
 from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
 from ensemble_distill.cache.cache import read, renderings, viewed
 from ensemble_distill.cache.commits import check_sealed
+from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import (
     MAIN,
     MAX_SHARD,
@@ -35,7 +36,7 @@ from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member
-from ensemble_distill.errors import InvalidOutput, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
@@ -44,11 +45,13 @@ from ensemble_distill.recording.tail import resolved_tail
 from ensemble_distill.recording.taps import feature_codec
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.views import check_deterministic
-from ensemble_distill.store.leases import Leases
-from ensemble_distill.store.store import Store
+from ensemble_distill.store.leases import PLANNING, Leases, at_work
+from ensemble_distill.store.store import MEND, Store
 from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 
 PROBE_ROWS = 128
+# Of a split to which samples are appended, rows whose samples are compared with those that were captured.
+PROVED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,12 @@ def prepare(
     if held is not None and (kept := with_held_audit(held, plan)) == held:
         plan = kept  # and not what is held, whose transforms have no functions
     elif held is not None:
-        if store.current() is not None or next(store.committed(), None) is not None or leases.live():
-            refuse_difference(held, plan, store.root)
-        # Nothing was captured under it: another batch size or precision may be tried in the same place.
-        store.drop_plan(str(store.plan_digest()))
+        with at_work(store.storage, PLANNING) as own:  # a capture that begins now sees this, or is seen from here
+            others = [item for item in leases.live() if item != own]
+            if store.current() is not None or next(store.committed(), None) is not None or others:
+                refuse_difference(held, plan, store.root)
+            # Nothing was captured under it: another batch size or precision may be tried in the same place.
+            store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
 
 
@@ -116,11 +121,16 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
             f"{store.root} is not sealed: only to a complete cache can something be appended",
             hint="finish it with `ensemble-distill cache`, and the pipeline that it was begun with",
         )
+    if (later := put_back(store)) is not None:
+        raise Corrupt(f"{store.root}: CURRENT names {current}, and {later.digest} was sealed since", hint=MEND)
     digest = store.manifest(current).plan
     base = store.plan(digest, Plan)
     check_sealed(store, current, complete=True)
     result = _with_renderings(base, grown(base, digest, plan, sources, store.root), store.root)
     result = with_held_audit(held, result) if held != base else result
+    for name, split in base.splits.items():
+        if result.splits[name].rows > split.rows:
+            _prove_order(store, name, split, sources[name])
     if held not in (base, result):
         raise Mismatch(
             f"{store.root}: something else is being appended to it, and is not complete",
@@ -128,6 +138,25 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
             f"ensemble-distill append --cache {store.root} --abandon",
         )
     return result
+
+
+def _prove_order(store: Store, name: str, split: Split, source: Source) -> None:
+    """Mismatch unless rows of a source, evenly spread over those that were captured, are the samples that they were.
+
+    So new samples that stand in front of the old ones, or a source that was sorted anew, are not taken for more.
+    """
+    rows = np.unique(np.linspace(0, split.rows - 1, PROVED_ROWS).astype(np.int64))
+    pages = split.page_of(rows)
+    for page in np.unique(pages):
+        first, last = split.span(int(page))
+        held = store.held_keys(name, int(page), last - first)
+        for index in np.array_split(rows[pages == page], -(-int((pages == page).sum()) // PROBE_ROWS)):
+            keys = read(source, index)[2]
+            if held is not None and (wrong := np.flatnonzero((held[index - first] != keys).any(axis=1))).size:
+                raise Mismatch(
+                    f"{store.root}: row {index[wrong[0]]} of {name} is not the sample that was captured as that row",
+                    hint="restore the order of the source: new samples stand behind those there are",
+                )
 
 
 def _with_renderings(base: Plan, plan: Plan, where: str) -> Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +13,19 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from ensemble_distill.cache.commits import check_sealed, committed_units, lost_shards, missing
+from ensemble_distill.cache.commits import check_sealed, committed_units, held_plan, missing
+from ensemble_distill.cache.history import Sealed, is_whole, manifests
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums
 from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
+from ensemble_distill.fingerprint import sha256
 from ensemble_distill.prefetch import prefetch
+from ensemble_distill.store import records
 from ensemble_distill.store.leases import at_work
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
 
 READERS = 4
-
-_HEX = re.compile("[0-9a-f]{64}")
 
 
 def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = None) -> str:
@@ -57,22 +57,52 @@ def _seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None) -
     return store.put_manifest(sealing.manifest(), parent)
 
 
+def remake(store: Store) -> bool:
+    """Write the manifest in force again, with its pages, where it cannot be read and its commits are all as they were.
+
+    Whether it was: what is sealed is a pure function of the commits, so it has the digest that CURRENT names.
+    """
+    with contextlib.suppress(Corrupt, Unsafe, Mismatch):
+        if (current := store.current()) is None or _is_readable(store, current):
+            return False
+        for digest in (str(store.plan_digest()), *reversed(held_plan(store).parents)):
+            plan = store.plan(digest, Plan)
+            if all(map(store.is_committed, (item.unit(group) for item in plan.items() for group in plan.groups))):
+                sealing = _Sealing(plan, digest, store, _grown_from(plan, digest, store, None))
+                for part in _commits(plan, store):
+                    sealing.add(part)
+                data = records.dump(sealing.manifest())
+                if sha256(data) == current:
+                    store.storage.replace(f"manifests/{current}.json", data)
+                    return True
+    return False
+
+
+def _is_readable(store: Store, digest: str) -> bool:
+    with contextlib.suppress(Corrupt, Unsafe):
+        manifest = store.manifest(digest)
+        plan = store.plan(manifest.plan, Plan)
+        for n, page in enumerate(manifest.pages):
+            store.page(page, plan.page_limit(n))
+        return True
+    return False
+
+
 def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> str | None:
-    """The digest of the manifest that this cache was appended to, if it was."""
+    """The digest of the manifest that this cache was appended to, if it was.
+
+    That which an earlier seal of this plan named, or that in force; a repair may have taken it out of force.
+    """
     if not plan.parents:
         return None
-    names = [current] if current is not None else []  # a repair may have taken it out of force
-    names += [name.removeprefix("manifests/").removesuffix(".json") for name in store.storage.list("manifests")]
-    found = []
-    for name in filter(_HEX.fullmatch, names):
-        with contextlib.suppress(Corrupt, Unsafe):
-            found.append((name, store.manifest(name)))
-    again = [manifest.parent for _, manifest in found if manifest.plan == digest and manifest.parent is not None]
-    if again or current is not None:
-        return next(iter([*again, *(name for name, manifest in found if manifest.plan == plan.parents[-1])]), None)
-    # Of several captures of the same plan, that of which most is there.
-    of_parent = [(name, manifest) for name, manifest in found if manifest.plan == plan.parents[-1]]
-    return min(of_parent, key=lambda pair: lost_shards(store, pair[1]), default=("", None))[0] or None
+    found = dict(manifests(store))
+    again = [manifest.parent for manifest in found.values() if manifest.plan == digest and manifest.parent is not None]
+    before = [name for name, manifest in found.items() if manifest.plan == plan.parents[-1]]
+    if again or current in before or not before:
+        return next(iter([*again, *(name for name in before if name == current)]), None)
+    base = store.plan(plan.parents[-1], Plan)
+    whole = (name for name in before[1:] if is_whole(store, Sealed(name, found[name], base)))
+    return next(whole, before[0])
 
 
 @dataclass(frozen=True)

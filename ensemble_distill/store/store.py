@@ -388,9 +388,9 @@ def _check_directory(path: Path, create: bool, mend: bool) -> None:
             held = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}", hint="check its permissions") from error
-        # A first capture killed while it wrote its plan leaves plans/ (and calibrations/) and nothing else.
+        # A first capture or copy killed while it wrote its plan leaves plans/, calibrations/, leases/ and nothing else.
         enough = mend and held & {"plans", "commits", "CURRENT"}
-        if "PLAN" not in held and not enough and not (create and held <= {"plans", "calibrations"}):
+        if "PLAN" not in held and not enough and not (create and held <= {"plans", "calibrations", "leases"}):
             if {"commits", "objects"} <= held or "CURRENT" in held:
                 raise _lost(path)
             raise Mismatch(

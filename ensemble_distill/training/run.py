@@ -380,12 +380,26 @@ class Run:
         tensors |= checkpoint.optimizer_tensors(self.optimizer) | {"random/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        config = sha256(self.storage.read("config.json"))
         state = State(
-            **self.state, best=self.best, best_sha256=self.best_sha256, history=tuple(self.history), config=config
+            **self.state,
+            best=self.best,
+            best_sha256=self.best_sha256,
+            history=tuple(self.history),
+            config=self._own_config(),
         )
         checkpoint.save(self.storage, state, tensors)
         self._write_metrics()
+
+    def _own_config(self) -> str:
+        """The SHA-256 of config.json; Mismatch where that is another run's, which began before this one had saved."""
+        data = self.storage.read("config.json")
+        held, own = (json.loads(text) for text in (data, json.dumps(self.described)))
+        if held | {"provenance": None} != own | {"provenance": None}:
+            raise Mismatch(
+                f"{self.storage.path}: another run has begun here, and config.json is not of this one any more",
+                hint="give each run an --out of its own",
+            )
+        return sha256(data)
 
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)

@@ -1,0 +1,343 @@
+"""What was sealed here is read from manifests and plans: pointers that are lost or put back lose nothing."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cli, load_module
+from small import a_plan, file_of, put_item, rows_of
+
+from ensemble_distill.cache.abandon import abandon
+from ensemble_distill.cache.collect import garbage
+from ensemble_distill.cache.copy import copy
+from ensemble_distill.cache.history import newest
+from ensemble_distill.cache.plan import Plan, Split
+from ensemble_distill.cache.repair import Mended, repair
+from ensemble_distill.cache.verify import verify
+from ensemble_distill.errors import Corrupt, Mismatch
+from ensemble_distill.recording.capture import Recorder
+from ensemble_distill.recording.planning import prepare
+from ensemble_distill.recording.seal import remake, seal
+from ensemble_distill.store import records
+from ensemble_distill.store.leases import CAPTURING, Leases, at_work, lease_storage
+from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.store.store import Store, open_store
+
+
+def a_store(path: Path) -> Store:
+    return Store(LocalStorage(path, sync=False))
+
+
+def put(store: Store, plan: Plan, *, part: int | None = None) -> str:
+    """Commit the items of a plan that are not there (the first ``part`` of them); its digest."""
+    digest = store.put_plan(plan, plan.parents[-1] if plan.parents else None)
+    lacking = (item for item in plan.items() if not store.is_committed(item.unit(plan.groups[0])))
+    for item in itertools.islice(lacking, part):
+        put_item(store, plan, digest, item)
+    return digest
+
+
+def larger(store: Store, plan: Plan, rows: int, views: int = 2) -> Plan:
+    """The plan with more rows, or views, appended."""
+    before = plan.splits["train"]
+    cuts = (*before.cuts, before.rows) if rows > before.rows else before.cuts
+    split = Split(rows=rows, views=views, unit_rows=4, labels=None, cuts=cuts)
+    digest = str(store.plan_digest())
+    return plan.model_copy(update={"splits": {"train": split}, "parents": (*plan.parents, digest)})
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> tuple[Store, list[tuple[str, str]]]:
+    """A store to which was appended twice, and what PLAN and CURRENT named each time."""
+    store, plan, pointers = a_store(tmp_path / "c"), a_plan(), []
+    for rows in (12, 16, 20):
+        plan = plan if rows == 12 else larger(store, plan, rows)
+        digest = put(store, plan)
+        pointers.append((digest, seal(plan, digest, store)))
+    return store, pointers
+
+
+def point(store: Store, **names: str | None) -> None:
+    for name, digest in names.items():
+        store.storage.remove(name)
+        if digest is not None:
+            store.storage.create(name, f"{digest}\n".encode())
+
+
+def mend(store: Store) -> Mended:
+    return repair(store, lambda: verify(store))
+
+
+def names(store: Store) -> set[str]:
+    folders = ("commits", "objects", "keys", "manifests", "pages", "plans")
+    return {name for folder in folders for name in store.storage.list(folder)}
+
+
+def no_leases(store: Store) -> Leases:
+    return Leases(lease_storage(store.storage))
+
+
+# Put back, or lost ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("plan", [0, 1, 2, None])
+def test_pointers_that_were_put_back_are_moved_to_what_was_sealed_last(
+    grown: tuple[Store, list[tuple[str, str]]], current: int, plan: int | None
+) -> None:
+    store, pointers = grown
+    there = names(store)
+    point(store, CURRENT=pointers[current][1], PLAN=None if plan is None else pointers[plan][0])
+    if plan is not None:
+        assert any(f"was sealed as {pointers[2][1]}" in str(damage) for damage in verify(store).damaged)
+        with pytest.raises((Mismatch, Corrupt)):
+            abandon(store)
+    if plan == 2:
+        assert not garbage(store, no_leases(store), older_than=-60)
+    mend(store)
+    assert (store.plan_digest(), store.current()) == pointers[2] and names(store) == there
+    assert verify(store).ok
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("rows", [16, 20])  # with units of the same names as those that are sealed, and with others
+def test_a_plan_that_was_given_up_is_not_the_plan(tmp_path: Path, rows: int, back: bool) -> None:
+    """PLAN comes from an older copy, of an append that was abandoned before another one was sealed."""
+    store, base = a_store(tmp_path), a_plan()
+    first = seal(base, put(store, base), store)
+    given_up = put(store, larger(store, base, 12, views=3), part=1)
+    abandon(store)
+    plan = larger(store, base, rows)
+    digest = put(store, plan)
+    current, there = seal(plan, digest, store), names(store)
+    point(store, PLAN=given_up, CURRENT=first if back else current)
+    assert not verify(store).ok
+    mend(store)
+    assert (store.plan_digest(), store.current()) == (digest, current) and names(store) == there
+
+
+def test_what_a_repair_took_out_of_force_waits_for_what_it_dropped(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    store, pointers = grown
+    shard = store.commit("train-v000000-00000001.targets").object
+    whole = store.storage.read(f"objects/{shard}")
+    store.storage.replace(f"objects/{shard}", whole[:-1])
+    assert mend(store).dropped and store.current() is None
+    assert verify(store).ok and not verify(store).waiting
+    mend(store)
+    assert store.current() is None
+    store.storage.create(f"objects/{shard}", whole)  # from a copy
+    assert verify(store).waiting == pointers[2][1]
+    mend(store)
+    assert (store.plan_digest(), store.current()) == pointers[2] and verify(store).ok
+
+
+def test_of_a_plan_that_is_lost_nothing_is_dropped(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    """PLAN and plans/ come from a copy of before the last append."""
+    store, pointers = grown
+    there = names(store) - {f"plans/{pointers[2][0]}.json"}
+    point(store, PLAN=pointers[1][0])
+    store.storage.remove(f"plans/{pointers[2][0]}.json")
+    for current in (pointers[2][1], pointers[1][1]):
+        point(store, CURRENT=current)
+        with pytest.raises(Corrupt, match=f"plans/{pointers[2][0]}.json is lost or damaged, of which manifest"):
+            mend(store)
+        assert names(store) == there
+
+
+def test_of_two_that_have_grown_apart_none_is_chosen(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    store, pointers = grown
+    base = store.plan(pointers[0][0], Plan)
+    other = base.model_copy(update={"parents": (pointers[0][0],), "format": "parquet"})
+    data = records.dump(other)
+    digest = records.sha256(data)
+    store.storage.create(f"plans/{digest}.json", data)
+    manifest = records.dump(store.manifest(pointers[0][1]).model_copy(update={"plan": digest}))
+    store.storage.create(f"manifests/{records.sha256(manifest)}.json", manifest)
+    assert getattr(newest(store), "digest", None) == pointers[2][1], "CURRENT says which"
+    point(store, CURRENT=pointers[0][1])
+    with pytest.raises(Corrupt, match="neither has grown out of the other"):
+        newest(store)
+
+
+# In the middle of an append -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[Store, str]:
+    """A sealed store to which something is being appended, and the manifest in force."""
+    store, base = a_store(tmp_path / "c"), a_plan()
+    current = seal(base, put(store, base), store)
+    put(store, larger(store, base, 20), part=1)
+    return store, current
+
+
+@pytest.mark.parametrize("harm", [None, "what is no digest\n"])
+def test_a_current_that_is_lost_in_the_middle_of_an_append_is_put_back(
+    begun: tuple[Store, str], harm: str | None
+) -> None:
+    store, current = begun
+    store.storage.remove("CURRENT")
+    if harm is not None:
+        store.storage.create("CURRENT", harm.encode())
+    verdict = verify(store)
+    assert verdict.waiting == current if harm is None else not verdict.ok
+    mend(store)
+    assert store.current() == current and verify(store).ok
+    abandon(store)
+    assert verify(store).sealed
+
+
+@pytest.mark.parametrize("lost", ["manifests", "pages"])
+def test_a_manifest_that_is_damaged_in_the_middle_of_an_append_is_made_again(
+    begun: tuple[Store, str], lost: str
+) -> None:
+    store, current = begun
+    (name,) = store.storage.list(lost)
+    whole = store.storage.read(name)
+    assert not remake(store), "nothing is damaged"
+    store.storage.replace(name, whole[:-2])
+    assert remake(store) and store.storage.read(name) == whole and store.current() == current
+    store.storage.replace(name, whole[:-2])
+    unit = next(unit for unit in store.committed() if unit.startswith("train-v000001"))
+    store.storage.remove(f"commits/{unit}.json")
+    assert not remake(store), "of other commits it would be another"
+
+
+def test_a_sealed_plan_that_is_lost_in_the_middle_of_an_append_is_named(begun: tuple[Store, str]) -> None:
+    store, current = begun
+    name = f"plans/{store.manifest(current).plan}.json"
+    store.storage.remove(name)
+    assert name in str(verify(store).damaged[0])
+    with pytest.raises(Corrupt, match=name):
+        mend(store)
+    assert store.current() == current
+
+
+def test_nothing_is_appended_to_what_was_put_back(cached: Cli) -> None:
+    cache = cached.folder / "cache"
+    older = {name: (cache / name).read_bytes() for name in ("CURRENT", "PLAN")}
+    cached("append", "digits.py", "--cache", "cache", "--views", "3")
+    for name, data in older.items():
+        (cache / name).write_bytes(data)
+    assert "was sealed since" in cached("append", "digits.py", "--cache", "cache", "--views", "4", code=4).stderr
+    cached("repair", "cache")
+    cached("append", "digits.py", "--cache", "cache", "--views", "4")
+
+
+# Two captures of one thing --------------------------------------------------------------------------
+
+
+def forged(store: Store, plan: Plan, unit: str) -> records.Commit:
+    """A commit that says it is of the same content, and names another shard."""
+    item, group = plan.locate(unit)
+    data, segments = file_of(plan.format, rows_of(plan, item, group)[::-1].copy())
+    blocks = records.block_hashes(data)
+    name = records.root_hash(blocks) + ".h5"
+    store.storage.create(f"objects/{name}", data)
+    return store.commit(unit).model_copy(
+        update={"object": name, "blocks": blocks, "size": len(data), "segments": segments}
+    )
+
+
+def test_a_commit_of_the_sealed_content_that_names_another_shard_is_not_sealed(
+    grown: tuple[Store, list[tuple[str, str]]],
+) -> None:
+    store, pointers = grown
+    plan, unit = store.plan(pointers[2][0], Plan), "train-v000000-00000001.targets"
+    store.storage.replace(f"commits/{unit}.json", records.seal(forged(store, plan, unit)))
+    with pytest.raises(Corrupt, match=f"{unit}.json: not the commit that was sealed"):
+        seal(plan, pointers[2][0], store)
+    assert mend(store).restored == [f"commits/{unit}.json"] and verify(store).ok
+
+
+def test_of_two_copies_to_one_place_at_once_the_later_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, target, plan = a_store(tmp_path / "1"), a_store(tmp_path / "2"), a_store(tmp_path / "t"), a_plan()
+    for store, by in ((one, "a"), (other, "b")):
+        digest = store.put_plan(plan)
+        for item in plan.items():
+            put_item(store, plan, digest, item, by)
+        seal(plan, digest, store)
+    copy(one, target)
+    monkeypatch.setattr("ensemble_distill.cache.copy._held", lambda *_: np.zeros(plan.units, bool))  # as it was before
+    with pytest.raises(Mismatch, match="holds another capture of the same plan"):
+        copy(other, target)
+    assert copy(one, target).sealed == one.current()
+
+
+def test_a_copy_that_was_killed_before_there_was_a_plan_goes_on(tmp_path: Path) -> None:
+    for folder in ("leases", "plans"):
+        (tmp_path / "c" / folder).mkdir(parents=True)
+    (tmp_path / "c" / "leases" / "copy-0123456789abcdef").write_text("{}")
+    open_store(tmp_path / "c", create=True)
+
+
+# Several at once ------------------------------------------------------------------------------------
+
+
+def test_whether_a_lease_is_forgotten_is_told_by_the_clock_of_the_folder(
+    begun: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = begun
+    with at_work(store.storage, CAPTURING):
+        now = time.time
+        monkeypatch.setattr("time.time", lambda: now() + 7200)
+        with pytest.raises(Mismatch, match="somebody is at work here"):
+            garbage(store, no_leases(store))
+
+
+Planned = tuple[Plan, Any]
+
+
+@pytest.fixture
+def pipeline(teachers: Path) -> ModuleType:
+    return load_module(teachers / "digits.py")
+
+
+@pytest.fixture
+def planned(pipeline: ModuleType, tmp_path: Path) -> Callable[..., Planned]:
+    def plan(store: Store, **changed: object) -> Planned:
+        data, config = pipeline.data(), pipeline.cache().model_copy(update=changed)
+        return prepare(data, config, data.sources, store, Leases(store.storage), [torch.device("cpu")])
+
+    return plan
+
+
+def test_a_plan_under_which_somebody_captures_is_not_dropped(planned: Callable[..., Planned], tmp_path: Path) -> None:
+    store = open_store(tmp_path / "c", create=True)
+    plan, _ = planned(store)
+    digest = store.put_plan(plan)
+    with at_work(store.storage, CAPTURING), pytest.raises(Mismatch, match="batch_size"):
+        planned(store, batch_size=32)
+    assert store.plan_digest() == digest
+    planned(store, batch_size=32)
+    assert store.plan_digest() is None
+
+
+def test_a_capture_whose_plan_is_dropped_as_it_begins_says_so(
+    planned: Callable[..., Planned], pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path / "c", create=True)
+    plan, ensemble = planned(store)
+    leases = Leases(store.storage)
+    seen = iter([["plan-0123456789abcdef"]])
+
+    def live() -> list[str]:
+        """Another looks at the plan, and drops it."""
+        if found := next(seen, []):
+            store.drop_plan(str(store.plan_digest()))
+        return found
+
+    monkeypatch.setattr(leases, "live", live)
+    with pytest.raises(Mismatch, match="its plan has changed meanwhile"):
+        Recorder(plan, ensemble, pipeline.data().sources, store, leases).run()
+    assert not list(store.committed())
