@@ -107,6 +107,20 @@ def test_pointers_that_were_put_back_are_moved_to_what_was_sealed_last(
     assert verify(store).ok
 
 
+def test_what_was_sealed_last_is_repaired_though_current_was_put_back(
+    grown: tuple[Store, list[tuple[str, str]]],
+) -> None:
+    store, pointers = grown
+    plan = store.plan(pointers[2][0], Plan)
+    unit = plan.unit_name(plan.units - 1)
+    store.storage.remove(f"objects/{store.commit(unit).object}")
+    point(store, CURRENT=pointers[1][1], PLAN=pointers[1][0])
+    assert mend(store).dropped == [unit]
+    put_item(store, plan, put(store, plan), plan.locate(unit)[0])
+    seal(plan, pointers[2][0], store)
+    assert verify(store).ok
+
+
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("rows", [16, 20])  # with units of the same names as those that are sealed, and with others
 def test_a_plan_that_was_given_up_is_not_the_plan(tmp_path: Path, rows: int, back: bool) -> None:

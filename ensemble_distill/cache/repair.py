@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
-from ensemble_distill.cache.history import is_whole, newest, put_back
+from ensemble_distill.cache.history import newest, put_back
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Damage, Verdict
 from ensemble_distill.errors import Corrupt, Error, StorageError, Unsafe
@@ -203,7 +203,7 @@ def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
 def _mend_pointers(store: Store, mended: Mended) -> None:
     """CURRENT and PLAN, where they are lost, damaged or put back, and the cache itself tells what they said."""
     last = newest(store)
-    if (later := put_back(store)) is not None and is_whole(store, later):
+    if (later := put_back(store)) is not None:
         store.storage.replace("CURRENT", f"{later.digest}\n".encode())
         mended.restored.append("CURRENT")
     held = _held(store)
