@@ -479,3 +479,11 @@ def test_members_in_turn_need_the_memory_of_one() -> None:
             assert all(p.is_pinned() for module in one.modules for p in module.parameters())
         del one
     assert torch.equal(*said) and peaks[1] < 0.6 * peaks[0]
+
+
+def test_probabilities_are_not_taken_for_logits() -> None:
+    logits = torch.randn(5, 4)
+    with pytest.raises(UsageError, match="which are probabilities; expected logits"):
+        ensemble({"a": lambda x: logits.softmax(1)[: len(x)]}, 4).look({"x": torch.zeros(5, 1)})
+    for said in (lambda x: logits, lambda x: ed.LogProbs(logits.log_softmax(1)), lambda x: logits.sigmoid()):
+        ensemble({"a": said}, 4).look({"x": torch.zeros(5, 1)})

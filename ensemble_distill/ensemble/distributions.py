@@ -77,6 +77,15 @@ def stated(member: str, output: object, rows: int, classes: int) -> Stated:
     return Stated(_matrix(member, getattr(output, "logits", output), rows, classes, "logits"))
 
 
+def refuse_probabilities(member: str, logits_BC: Tensor) -> None:
+    """UsageError for logits whose rows are all distributions: a softmax of them is nearly even, and says nothing."""
+    if bool((logits_BC >= 0).all() & ((logits_BC.double().sum(dim=1) - 1).abs() <= TOLERANCE).all()):
+        raise UsageError(
+            f"{member} gave rows of numbers ≥ 0 that sum to one, which are probabilities; expected logits",
+            hint="leave its softmax out, or return LogProbs(p.log())",
+        )
+
+
 def _matrix(member: str, value: object, rows: int, classes: int, what: str) -> Tensor:
     value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] != classes:

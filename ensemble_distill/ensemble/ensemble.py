@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ensemble_distill.codec import Members, TopK
 from ensemble_distill.config import CacheConfig, Gives, Precision
 from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
-from ensemble_distill.ensemble.distributions import InvalidRow, Stated, stated
+from ensemble_distill.ensemble.distributions import InvalidRow, Stated, refuse_probabilities, stated
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.ensemble.tapped import Tapped
 from ensemble_distill.ensemble.visit import settle, visit
@@ -142,6 +142,8 @@ class Ensemble:
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The taps of a few rows, to learn their shapes; from then on these, and what each ``gives``, are fixed."""
         said, raw = self._forward(inputs)
+        for name, s in zip(self.names, said, strict=True):
+            refuse_probabilities(f"member {name!r}", s.logits)
         self.gives = [s.gives for s in said]
         features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
         self._tapped.masks(inputs, features)  # what is no mask is refused before anything is captured
