@@ -26,8 +26,9 @@ from ensemble_distill.ensemble.members import load_member, structure_digest
 from ensemble_distill.errors import Interrupted, Mismatch, UsageError
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.prefetch import prefetch
-from ensemble_distill.recording.capture import Progress, Recorder
+from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
+from ensemble_distill.recording.progress import Progress
 from ensemble_distill.sources.arrays import Limited
 from ensemble_distill.sources.views import render
 from ensemble_distill.store.leases import Leases

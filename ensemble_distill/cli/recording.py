@@ -14,8 +14,9 @@ from ensemble_distill.cli.show import show_statistics, show_tail, show_taps
 from ensemble_distill.config import CacheConfig, DataConfig
 from ensemble_distill.device import devices
 from ensemble_distill.ensemble.ensemble import Ensemble
-from ensemble_distill.recording.capture import Progress, Recorder
+from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
+from ensemble_distill.recording.progress import Progress
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import Leases, lease_storage
 from ensemble_distill.store.store import Store, open_store

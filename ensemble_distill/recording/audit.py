@@ -26,8 +26,8 @@ from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.phase import Phase, Report, silent
-from ensemble_distill.recording.capture import encoded, encoded_feature
 from ensemble_distill.recording.fidelity import scattered
+from ensemble_distill.recording.item import encoded, encoded_feature
 from ensemble_distill.recording.shown import show
 from ensemble_distill.recording.stages import Stage, stages
 from ensemble_distill.sources.arrays import Source

@@ -8,99 +8,38 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.partial import LooseCommits, whole
-from ensemble_distill.cache.plan import Group, Plan, WorkItem, field_name
-from ensemble_distill.cache.ragged import Tokens, unpacked
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.cache.rows import Rows
-from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
-from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.distributions import InvalidRow
-from ensemble_distill.ensemble.ensemble import Ensemble, Ran
+from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, StorageError
-from ensemble_distill.metrics import count
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
-from ensemble_distill.recording.fidelity import fidelity
+from ensemble_distill.recording.item import OpenItem, Piece
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
+from ensemble_distill.recording.progress import Progress
 from ensemble_distill.recording.seal import seal
-from ensemble_distill.recording.shown import Shown, show
+from ensemble_distill.recording.shown import show
 from ensemble_distill.recording.stages import Stage, stages
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.leases import CAPTURING, PLANNING, Leases, at_work
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store
-from ensemble_distill.tally import Tally
-from ensemble_distill.targets import Said
-
-
-@dataclass
-class Progress:
-    """How far a capture is. seconds: what the calling thread spent on each, since the start.
-
-    ``late``: units that another worker had committed when this one came to it.
-    """
-
-    units: int
-    units_total: int
-    rows: int = 0
-    bytes: int = 0
-    late: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"source": 0.0, "teachers": 0.0, "disk": 0.0, "others": 0.0}
-    )
-
-    @property
-    def seconds_so_far(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def rows_per_second(self) -> float:
-        return self.rows / max(1e-9, self.seconds_so_far)
-
-    def waited(self, seconds: float) -> None:
-        self.seconds["source"] += seconds
-
-    @property
-    def waiting_for(self) -> str:
-        """What most of the time went to: ``teachers 97%``."""
-        total = sum(self.seconds.values()) or 1.0
-        name, value = max(self.seconds.items(), key=lambda item: item[1])
-        return f"{name} {value / total:.0%}"
-
-    @property
-    def shares(self) -> str:
-        total = sum(self.seconds.values()) or 1.0
-        shown = {name: value for name, value in self.seconds.items() if value or name != "others"}
-        return ", ".join(f"{name} {value / total:.0%}" for name, value in shown.items())
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One batch of a work item."""
-
-    item: WorkItem
-    first: int
-    shown: Shown
-    last_of_item: bool
-
 
 # Seconds left before the process has to be gone, or None while nobody asked it to stop.
 Stop = Callable[[], float | None]
 
 POLL = 0.5
-FIDELITY_ROWS = 32
 
 
 class Recorder:
@@ -225,7 +164,7 @@ class Recorder:
         writer: ThreadPoolExecutor,
     ) -> None:
         pending: Future[list[Commit]] | None = None
-        opened: _OpenItem | None = None
+        opened: OpenItem | None = None
         progress = self.progress
         pieces = prefetch(self._pieces(items), workers)
         try:
@@ -253,27 +192,27 @@ class Recorder:
         done, total = self.progress.units, self.progress.units_total
         return Interrupted(f"{done}/{total} units committed", hint="run the same command to go on")
 
-    def _seconds(self, opened: _OpenItem) -> float:
+    def _seconds(self, opened: OpenItem) -> float:
         """What the rest of an item will take, at the speed so far."""
         return opened.missing / max(1e-9, self.progress.rows_per_second)
 
-    def _pieces(self, items: Iterator[WorkItem]) -> Iterator[Callable[[], _Piece]]:
+    def _pieces(self, items: Iterator[WorkItem]) -> Iterator[Callable[[], Piece]]:
         """Batches of nearly equal size that never cross a work item."""
         for item in items:
             count = -(-item.rows // self.plan.capture.batch_size)
             for i, part in enumerate(np.array_split(np.arange(item.first, item.last), count)):
                 yield partial(self._read, item, part, i == count - 1)
 
-    def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> _Piece:
-        return _Piece(item, int(index[0]), show(self.sources[item.split], self.plan, item, index), last)
+    def _read(self, item: WorkItem, index: np.ndarray, last: bool) -> Piece:
+        return Piece(item, int(index[0]), show(self.sources[item.split], self.plan, item, index), last)
 
-    def _open(self, item: WorkItem) -> _OpenItem:
+    def _open(self, item: WorkItem) -> OpenItem:
         """What an item still lacks: all of it in a first capture, less where something is appended or was dropped."""
         first = self.plan.number(item.split, item.view, item.page) * len(self.plan.groups)
         lacking = [g for g, done in zip(self.plan.groups, self._done[first:], strict=False) if not done]
-        return _OpenItem(item, self.plan, self._stages, lacking or list(self.plan.groups))
+        return OpenItem(item, self.plan, self._stages, lacking or list(self.plan.groups))
 
-    def _batch(self, piece: _Piece, opened: _OpenItem) -> None:
+    def _batch(self, piece: Piece, opened: OpenItem) -> None:
         """A batch through the members, stage by stage, into the records of its item."""
         try:
             ran = self.ensemble.run(piece.shown.inputs, opened.running)
@@ -293,7 +232,7 @@ class Recorder:
                 hint=error.hint or f"look at what {error.member} does with this sample, or use --set precision=fp32",
             ) from error
 
-    def _arrays(self, stage: Stage, piece: _Piece, opened: _OpenItem) -> dict[str, Tensor]:
+    def _arrays(self, stage: Stage, piece: Piece, opened: OpenItem) -> dict[str, Tensor]:
         """What a stage has kept of the predictions of a batch: just now, or when its unit was captured."""
         if opened.lacks(stage):
             rows = opened.records[stage.group.name][opened.part(piece)]
@@ -334,7 +273,7 @@ class Recorder:
             self._key_pages[place] = held
         return self._key_pages[place]
 
-    def _commit(self, opened: _OpenItem) -> list[Commit]:
+    def _commit(self, opened: OpenItem) -> list[Commit]:
         item = opened.item
         for rows, partner_keys in opened.partners:
             self._prove_partners(item.split, rows, partner_keys)
@@ -367,106 +306,3 @@ class Recorder:
         self.progress.seconds["disk"] += time.perf_counter() - start
         self._mark([commit.unit for commit in commits])
         self.progress.bytes += sum(commit.size for commit in commits)
-
-
-class _OpenItem:
-    """The records of one work item while they are filled; ``missing`` rows are still to come.
-
-    groups: those that the item lacks. stages: of the predictions, up to the last that it lacks. running: the members
-    whose predictions or features are wanted.
-    """
-
-    def __init__(self, item: WorkItem, plan: Plan, known: Sequence[Stage], groups: Sequence[Group]) -> None:
-        self.item, self.groups = item, groups
-        rows = self.missing = item.rows
-        self._names = {group.name for group in groups}
-        lacking = [n for n, stage in enumerate(known) if self.lacks(stage)]
-        self.stages = known[: lacking[-1] + 1] if lacking else ()
-        self.running = {tap_member(head) for g in groups for head, c in g.codecs.items() if isinstance(c, Features)}
-        self.running |= {name for n in lacking for name in known[n].own}
-        # zeros: the padding inside records is part of what is hashed and committed
-        self.records = {g.name: np.zeros(rows, g.dtype) for g in groups}
-        self.tokens = {g.name: Tokens(g.token) for g in groups if g.token is not None}
-        self.keys = np.empty((rows, 16), np.uint8)
-        self.partners: list[tuple[np.ndarray, np.ndarray]] = []  # rows and keys that the samples are mixed with
-        classes = len(plan.reading.classes)
-        self.tallies = {known[n].group.name: Tally.empty([*known[n].names, "ensemble"], classes) for n in lacking}
-        self._uncoded: list[Tensor] = []
-
-    def lacks(self, stage: Stage) -> bool:
-        return stage.group.name in self._names
-
-    def part(self, piece: _Piece) -> slice:
-        """Where the rows of a batch stand in the records."""
-        start = piece.first - self.item.first
-        return slice(start, start + len(piece.shown.keys))
-
-    def add_said(self, stage: Stage, piece: _Piece, said: Said) -> None:
-        """The predictions of a stage that the item lacks, and its statistics."""
-        part = self.part(piece)
-        for head, codec in stage.group.codecs.items():
-            self._put(stage.group, head, part, encoded(codec, said))
-        if stage is self.stages[0] and part.start < FIDELITY_ROWS:
-            self._uncoded.append(said.logprobs[: FIDELITY_ROWS - part.start].cpu().clone())
-        predictors = [*said.members, said.logprobs]
-        count(self.tallies[stage.group.name], predictors, piece.shown.labels, stage.mixture)
-
-    def add(self, piece: _Piece, ran: Ran) -> None:
-        """Keys and features of a batch, which then is done."""
-        part = self.part(piece)
-        self.keys[part] = piece.shown.keys
-        if (partners := piece.shown.partners) is not None:
-            self.partners.append((partners.rows, partners.keys))
-        for group in self.groups:
-            for head, codec in group.codecs.items():
-                if isinstance(codec, Features):
-                    self._put(group, head, part, self._feature(group, head, codec, ran))
-        self.missing -= len(piece.shown.keys)
-
-    def _put(self, group: Group, head: str, part: slice, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
-        for name, values in arrays.items():
-            held = values.cpu().numpy() if isinstance(values, Tensor) else values
-            self.records[group.name][field_name(head, name)][part] = held
-
-    def _feature(self, group: Group, head: str, codec: Features, ran: Ran) -> Mapping[str, Tensor | np.ndarray]:
-        """The arrays of a feature as they stand in rows; the tokens of a ragged one go to those of the unit."""
-        whole = encoded_feature(codec, head, ran)
-        if codec.mask is None:
-            return whole
-        arrays = {name: values.cpu().numpy() for name, values in whole.items()}
-        (token,) = codec.token()
-        mask = unpacked(arrays["mask"], group.most_tokens)
-        start = self.tokens[group.name].add(mask, arrays.pop(token))
-        return arrays | {"start": start}
-
-    def measure(self) -> None:
-        """Add what the codec of the first predictions lost in the first rows: what stands in the records, decoded."""
-        if not self._uncoded:
-            return
-        stage, uncoded = self.stages[0], torch.cat(self._uncoded)
-        arrays = stage.arrays(self.records[stage.group.name][: len(uncoded)])
-        lost = fidelity(heads.decode(stage.head, arrays, stage.mixture), uncoded)
-        self.tallies[stage.group.name].add("fidelity", lost)
-
-
-def encoded(codec: AnyCodec, said: Said) -> dict[str, Tensor]:
-    """The arrays that a codec of predictions, of figures or of partners makes of a batch."""
-    if isinstance(codec, PartnerKey):
-        return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
-    if isinstance(codec, RowFigures):
-        return heads.encode_figures(said)
-    if isinstance(codec, Members):
-        said = replace(said, members=[said.members[said.names.index(name)] for name in codec.members])
-    assert not isinstance(codec, Features), "features are of members, and not of what the ensemble said"
-    return heads.encode(codec, said)
-
-
-def encoded_feature(codec: AnyCodec, head: str, ran: Ran) -> dict[str, Tensor]:
-    """The arrays that a codec makes of a tap's feature."""
-    assert isinstance(codec, Features)
-    return features.encode(codec, ran.features[head], head, ran.masks.get(head))
-
-
-def tap_member(head: str) -> str:
-    """The member of ``tap/<member>.<module>``."""
-    return head.removeprefix("tap/").partition(".")[0]
