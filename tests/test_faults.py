@@ -515,7 +515,7 @@ def test_a_damaged_run_is_not_resumed(cached: Cli) -> None:
     path.write_text(path.read_text() + STOP)
     cached.change("return Net(16)", "return Stopped(16)")
     (cached.folder / "stop").touch()
-    refused(cached(*TRAIN, code=75), "stopped in epoch 1/4", "saved", verb="stopped")
+    refused(cached(*TRAIN, code=75), "in epoch 1/4", "saved", verb="stopped")
     (cached.folder / "stop").unlink()
     run = cached.folder / "run"
     for file in ("checkpoint.json", only(run, "checkpoint-*").name):
