@@ -220,9 +220,12 @@ def test_a_manifest_that_is_damaged_in_the_middle_of_an_append_is_made_again(
     store.storage.replace(name, whole[:-2])
     assert remake(store) and store.storage.read(name) == whole and store.current() == current
     store.storage.replace(name, whole[:-2])
-    unit = next(unit for unit in store.committed() if unit.startswith("train-v000001"))
+    unit = "train-v000001-00000000.targets"
+    other = store.commit(unit).model_copy(update={"provenance": {"by": "somebody else"}})
+    store.storage.replace(f"commits/{unit}.json", records.seal(other))
+    assert not remake(store) and store.storage.read(name) != whole, "of other commits it would be another"
     store.storage.remove(f"commits/{unit}.json")
-    assert not remake(store), "of other commits it would be another"
+    assert not remake(store), "of all commits"
 
 
 def test_a_sealed_plan_that_is_lost_in_the_middle_of_an_append_is_named(begun: tuple[Store, str]) -> None:
