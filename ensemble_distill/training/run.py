@@ -258,8 +258,7 @@ class Run:
         self.state["sums"] = dict(zip(self.state["sums"], sums.tolist(), strict=True))
         self._save()
         raise Interrupted(
-            f"in epoch {self.state['epoch'] + 1}/{self.config.epochs}, "
-            f"step {self.state['step']}/{self.steps} saved",
+            f"in epoch {self.state['epoch'] + 1}/{self.config.epochs}, step {self.state['step']}/{self.steps} saved",
             hint="run the same command to go on",
         )
 
