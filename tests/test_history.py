@@ -107,6 +107,19 @@ def test_pointers_that_were_put_back_are_moved_to_what_was_sealed_last(
     assert verify(store).ok
 
 
+@pytest.mark.parametrize("lost", ["train-v000000-00000001.targets", ""])
+def test_commits_that_are_lost_with_current_are_put_back(grown: tuple[Store, list[tuple[str, str]]], lost: str) -> None:
+    """One, or all of them."""
+    store, pointers = grown
+    there = names(store)
+    point(store, CURRENT=None)
+    for unit in [unit for unit in store.committed() if unit.startswith(lost)]:
+        store.storage.remove(f"commits/{unit}.json")
+    assert verify(store).waiting == pointers[2][1]
+    mend(store)
+    assert names(store) == there and store.current() == pointers[2][1] and verify(store).ok
+
+
 def test_what_was_sealed_last_is_repaired_though_current_was_put_back(
     grown: tuple[Store, list[tuple[str, str]]],
 ) -> None:
@@ -179,6 +192,17 @@ def test_of_two_that_have_grown_apart_none_is_chosen(grown: tuple[Store, list[tu
     point(store, CURRENT=pointers[0][1])
     with pytest.raises(Corrupt, match="neither has grown out of the other"):
         newest(store)
+
+
+def test_the_seal_is_not_given_up_for_a_pipeline_that_did_not_make_the_cache(cached: Cli) -> None:
+    cache = cached.folder / "cache"
+    current = (cache / "CURRENT").read_text()
+    (cache / "manifests" / f"{current.strip()}.json").unlink()
+    (cache / "commits" / "train-v000000-00000001.targets.json").unlink()
+    cached("repair", "cache", "digits.py", "--views", "3", code=3)
+    assert (cache / "CURRENT").read_text() == current
+    cached("repair", "cache", "digits.py")
+    cached("verify", "cache")
 
 
 # In the middle of an append -------------------------------------------------------------------------
