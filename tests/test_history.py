@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli, load_module
-from small import a_plan, file_of, put_item, rows_of
+from small import a_plan, file_of, keys_of, put_item, rows_of
 
 from ensemble_distill.cache.abandon import abandon
 from ensemble_distill.cache.collect import garbage
@@ -186,12 +187,132 @@ def test_of_two_that_have_grown_apart_none_is_chosen(grown: tuple[Store, list[tu
     data = records.dump(other)
     digest = records.sha256(data)
     store.storage.create(f"plans/{digest}.json", data)
-    manifest = records.dump(store.manifest(pointers[0][1]).model_copy(update={"plan": digest}))
+    apart = {"plan": digest, "parent": pointers[0][1]}
+    manifest = records.dump(store.manifest(pointers[0][1]).model_copy(update=apart))
     store.storage.create(f"manifests/{records.sha256(manifest)}.json", manifest)
     assert getattr(newest(store), "digest", None) == pointers[2][1], "CURRENT says which"
     point(store, CURRENT=pointers[0][1])
     with pytest.raises(Corrupt, match="neither has grown out of the other"):
         newest(store)
+
+
+def test_nothing_is_known_to_come_after_a_manifest_that_cannot_be_read(
+    grown: tuple[Store, list[tuple[str, str]]],
+) -> None:
+    """Its commits tell what it was; with one of them lost, too, what was appended to is not put in its place."""
+    store, pointers = grown
+    plan, current = store.plan(pointers[2][0], Plan), pointers[2][1]
+    body = store.storage.read(f"manifests/{current}.json")
+    store.storage.replace(f"manifests/{current}.json", body[:-1])
+    unit = plan.unit_name(plan.units - 1)
+    commit = store.storage.read(f"commits/{unit}.json")
+    store.storage.remove(f"commits/{unit}.json")
+    assert not any("was sealed as" in str(damage) for damage in verify(store).damaged)
+    mend(store)
+    assert store.current() is None and store.plan_digest() == pointers[2][0]
+    store.storage.create(f"commits/{unit}.json", commit)
+    assert seal(plan, pointers[2][0], store) == current
+
+
+def test_a_manifest_is_made_again_whichever_capture_it_was_appended_to(tmp_path: Path) -> None:
+    """Where what was appended to had been repaired, and sealed again, before."""
+    store, base = a_store(tmp_path), a_plan()
+    digest = put(store, base)
+    for by in ("a", "b"):
+        for item in base.items():
+            for group in base.groups:
+                store.storage.remove(f"commits/{item.unit(group)}.json")
+            put_item(store, base, digest, item, by)
+        store.storage.remove("CURRENT")
+        seal(base, digest, store)
+    plan = larger(store, base, 16)
+    current = seal(plan, put(store, plan), store)
+    name = f"manifests/{current}.json"
+    whole = store.storage.read(name)
+    for other in [name for name in store.storage.list("manifests") if name != f"manifests/{current}.json"]:
+        assert store.storage.size(other)
+    store.storage.replace(name, b"{}")
+    assert remake(store) and store.storage.read(name) == whole
+
+
+class Behind(LocalStorage):
+    """Whose listing lacks the newest manifest, as that of a bucket may."""
+
+    hidden = ""
+
+    def list(self, folder: str) -> Iterator[str]:
+        yield from (name for name in super().list(folder) if self.hidden not in name or not self.hidden)
+
+
+def test_a_listing_that_is_behind_puts_nothing_back(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    _, pointers = grown
+    storage = Behind(grown[0].storage.path, sync=False)  # type: ignore[attr-defined]
+    storage.hidden = pointers[2][1]
+    store = Store(storage)
+    assert verify(store).ok and getattr(newest(store), "digest", None) == pointers[2][1]
+    assert not mend(store).restored and store.current() == pointers[2][1]
+
+
+def twin(path: Path) -> tuple[Store, str]:
+    """A cache of the same plans, of other samples, to which was appended."""
+    store, base = a_store(path), a_plan()
+    for plan in (base, None):
+        plan = plan or larger(store, base, 16)
+        digest = store.put_plan(plan, plan.parents[-1] if plan.parents else None)
+        for item in plan.items():
+            keys = store.put_keys(item.split, item.page, 255 - keys_of(item))
+            for group in plan.groups:
+                rows = rows_of(plan, item, group)
+                store.put_unit(digest, item.unit(group), rows, plan.format, keys, None, {})
+        current = seal(plan, digest, store)
+    return store, current
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_files_of_another_cache_of_the_same_plan_are_not_put_in_force(tmp_path: Path, lost: bool) -> None:
+    """All of a twin was copied beside what is there, but for what has the same name."""
+    store, base = a_store(tmp_path / "c"), a_plan()
+    current = seal(base, put(store, base), store)
+    other, _ = twin(tmp_path / "twin")
+    there = {name: store.storage.read(name, 1 << 20) for name in names(store)}
+    for name in names(other) - set(there):
+        if not name.startswith(("commits/", "keys/")):
+            store.storage.create(name, other.storage.read(name, 1 << 20))
+    if lost:
+        store.storage.remove("CURRENT")
+        assert verify(store).waiting == current
+    else:
+        assert verify(store).ok
+    mend(store)
+    assert store.current() == current and verify(store).ok
+    assert {name: store.storage.read(name, 1 << 20) for name in there} == there
+
+
+def test_a_cache_of_which_manifests_are_left_is_not_begun_anew(cached: Cli) -> None:
+    """CURRENT and commits/ are lost, as from a copy that was not complete."""
+    cache = cached.folder / "cache"
+    current = (cache / "CURRENT").read_text()
+    (cache / "CURRENT").unlink()
+    shutil.rmtree(cache / "commits")
+    assert "batch_size" in cached("cache", "digits.py", "--out", "cache", "--batch-size", "32", code=3).stderr
+    cached("repair", "cache")
+    assert (cache / "CURRENT").read_text() == current
+    cached("verify", "cache")
+
+
+def test_a_commit_of_a_plan_that_is_lost_is_not_removed(begun: tuple[Store, str]) -> None:
+    """PLAN and plans/ come from a copy of before the append, which was not sealed yet."""
+    store, current = begun
+    held = str(store.plan_digest())
+    point(store, PLAN=store.manifest(current).plan)
+    plan = store.storage.read(f"plans/{held}.json")
+    store.storage.remove(f"plans/{held}.json")
+    there = names(store)
+    with pytest.raises(Corrupt, match=f"plans/{held}.json, under which it was captured, is not there"):
+        mend(store)
+    assert names(store) == there and store.current() == current
+    store.storage.create(f"plans/{held}.json", plan)
+    assert mend(store).restored == ["PLAN"] and store.plan_digest() == held
 
 
 def test_the_seal_is_not_given_up_for_a_pipeline_that_did_not_make_the_cache(cached: Cli) -> None:
@@ -364,9 +485,15 @@ def test_a_plan_under_which_somebody_captures_is_not_dropped(planned: Callable[.
     assert store.plan_digest() is None
 
 
-def test_a_capture_whose_plan_is_dropped_as_it_begins_says_so(
-    planned: Callable[..., Planned], pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("other", [False, True])
+def test_a_plan_that_is_dropped_as_a_capture_begins_is_made_again(
+    planned: Callable[..., Planned],
+    pipeline: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: bool,
 ) -> None:
+    """Unless another one was made in its place."""
     store = open_store(tmp_path / "c", create=True)
     plan, ensemble = planned(store)
     leases = Leases(store.storage)
@@ -376,9 +503,15 @@ def test_a_capture_whose_plan_is_dropped_as_it_begins_says_so(
         """Another looks at the plan, and drops it."""
         if found := next(seen, []):
             store.drop_plan(str(store.plan_digest()))
+            if other:
+                store.put_plan(planned(store, batch_size=32)[0])
         return found
 
     monkeypatch.setattr(leases, "live", live)
-    with pytest.raises(Mismatch, match="its plan has changed meanwhile"):
-        Recorder(plan, ensemble, pipeline.data().sources, store, leases).run()
-    assert not list(store.committed())
+    recorder = Recorder(plan, ensemble, pipeline.data().sources, store, leases)
+    if other:
+        with pytest.raises(Mismatch, match="its plan has changed meanwhile"):
+            recorder.run()
+        assert not list(store.committed())
+    else:
+        assert recorder.run() == store.current() and verify(store).ok

@@ -9,7 +9,7 @@ from ensemble_distill.cache.collect import refuse_others
 from ensemble_distill.cache.commits import held_plan
 from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Plan
-from ensemble_distill.cache.verify import holds, of_a_larger_plan
+from ensemble_distill.cache.verify import of_a_larger_plan
 from ensemble_distill.errors import Corrupt, Mismatch
 from ensemble_distill.store.leases import Leases, at_work, lease_storage
 from ensemble_distill.store.store import MEND, Store
@@ -67,7 +67,7 @@ def _beyond(store: Store, digest: str, sealed: Plan) -> Iterator[str]:
     """
     held = held_plan(store)
     for unit in store.committed():
-        if not holds(sealed, unit) and (holds(held, unit) or of_a_larger_plan(store, digest, unit)):
+        if not sealed.has(unit) and (held.has(unit) or of_a_larger_plan(store, digest, unit)):
             yield unit
 
 

@@ -1,19 +1,19 @@
 """History: what was sealed in a place, as its manifests and plans say, and not the pointers, which may be lost or put
-back. A plan names all plans that it has grown out of, so of two manifests it can be told which came first.
+back. What is appended names the manifest that it was appended to, and a plan all plans that it has grown out of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ensemble_distill.cache.commits import Commits
-from ensemble_distill.cache.plan import Plan
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
-from ensemble_distill.fingerprint import KEY_BYTES
-from ensemble_distill.store.records import Manifest
+from ensemble_distill.fingerprint import sha256
+from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store
 
 _NAME = re.compile(r"manifests/([0-9a-f]{64})\.json")
@@ -33,62 +33,108 @@ class Sealed:
 
 
 def newest(store: Store) -> Sealed | None:
-    """What was sealed last here; None if nothing was. Of several manifests of one plan that in force, or a whole one.
+    """What was sealed last here, as far as it is known; None where nothing is.
 
-    Where CURRENT can be read, only what was appended to that counts. Raises Corrupt for a plan that is lost, where it
-    may be the newest, and for two manifests of which neither has grown out of the other.
+    Where CURRENT can be read: what it names, or what was appended to that, one after another. Where it is lost: of all
+    manifests whose keys are those that lie here. Raises Corrupt for a plan that is lost, where it may be the newest,
+    and for two manifests of which neither has grown out of the other.
     """
-    found, current = dict(manifests(store)), _current(store)
-    known = [Sealed(digest, m, plan) for digest, m in found.items() if (plan := _plan(store, m.plan)) is not None]
-    base = next((sealed.manifest.plan for sealed in known if sealed.digest == current), None)
-    line = [sealed for sealed in known if base is None or sealed.comes_after(base)]
-    last = max(line, key=lambda sealed: len(sealed.plan.parents), default=None)
-    for digest, manifest in found.items():
+    current = _current(store)  # first: what is sealed from here on may be listed, and is not yet in force
+    found = _by_name(store, current)
+    if current is not None and current not in found:
+        return None  # what it names cannot be read: nothing is known to have come after it
+    line = {digest: m for digest, m in found.items() if current is None or current in _ancestors(found, digest)}
+    known = [Sealed(digest, m, plan) for digest, m in line.items() if (plan := _plan(store, m.plan)) is not None]
+    known = [sealed for sealed in known if current is not None or _is_of(store, sealed)]
+    last = max(known, key=lambda sealed: len(sealed.plan.parents), default=None)
+    _refuse_others(store, line, known, last)
+    if last is None:
+        return None
+    same = [sealed for sealed in known if sealed.manifest.plan == last.manifest.plan]
+    in_force = (sealed for sealed in same if sealed.digest == current)
+    return next(in_force, None) or next((sealed for sealed in same[1:] if is_whole(store, sealed)), same[0])
+
+
+def _refuse_others(store: Store, line: Mapping[str, Manifest], known: list[Sealed], last: Sealed | None) -> None:
+    """Corrupt for what may be newer than the last, or as new."""
+    kept = {sealed.digest for sealed in known}
+    for digest, manifest in line.items():
         if last is not None and last.comes_after(manifest.plan):
             continue
-        if digest == current or manifest.parent in {sealed.digest for sealed in line}:
-            raise Corrupt(
-                f"{store.root}/plans/{manifest.plan}.json is lost or damaged, of which manifest {digest} is",
-                hint="restore it from a copy",
-            )
-        if last is not None and digest in {sealed.digest for sealed in line}:
+        if digest in kept and last is not None:
             raise Corrupt(
                 f"{store.root}: of manifests {last.digest} and {digest} neither has grown out of the other",
                 hint="move the manifest that is not of this cache out of its manifests/",
             )
-    if last is None:
-        return None
-    same = [sealed for sealed in line if sealed.manifest.plan == last.manifest.plan]
-    in_force = [sealed for sealed in same if sealed.digest == current]
-    return next(iter(in_force), None) or next((sealed for sealed in same[1:] if is_whole(store, sealed)), same[0])
+        if _plan(store, manifest.plan) is None:
+            raise Corrupt(
+                f"{store.root}/plans/{manifest.plan}.json is lost or damaged, of which manifest {digest} is",
+                hint="restore it from a copy",
+            )
 
 
 def put_back(store: Store) -> Sealed | None:
     """What was sealed after the manifest that CURRENT names, or is whole where CURRENT is lost; None if all is well."""
-    last = newest(store)
-    if last is None or last.digest == _current(store):
+    current, last = _current(store), newest(store)
+    if last is None or last.digest == current or _current(store) != current:  # it moves just now
         return None
-    return last if _current(store) is not None or is_whole(store, last) else None
+    return last if current is not None or is_whole(store, last) else None
 
 
 def is_whole(store: Store, sealed: Sealed) -> bool:
-    """Whether its pages, its shards and its pages of keys are there, as far as sizes tell."""
+    """Whether its pages are there, its pages of keys as they were, and its shards, as far as sizes tell."""
     with contextlib.suppress(Corrupt, Unsafe):
-        commits = map(Commits(store, sealed.plan, sealed.manifest).at, range(sealed.plan.units))
-        return all(store.storage.size(f"objects/{commit.object}") == commit.size for commit in commits) and all(
-            store.storage.size(f"keys/{item.split}-{item.page:08d}") == item.rows * KEY_BYTES
-            for item in sealed.plan.items()
-            if item.view == 0
-        )
+        commits = Commits(store, sealed.plan, sealed.manifest)
+        units = (store.storage.size(f"objects/{c.object}") == c.size for c in map(commits.at, range(sealed.plan.units)))
+        return all(units) and all(_keys(store, item) == commit.keys for item, commit in _pages_of_keys(sealed, commits))
     return False
 
 
+def _is_of(store: Store, sealed: Sealed) -> bool:
+    """Whether the pages of keys that lie here are those of a manifest, as far as they are whole."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        pages = _pages_of_keys(sealed, Commits(store, sealed.plan, sealed.manifest))
+        there = [held == commit.keys for item, commit in pages if (held := _keys(store, item)) is not None]
+        return all(there) or sum(there) > len(there) / 2  # some may be damaged
+    return False
+
+
+def _pages_of_keys(sealed: Sealed, commits: Commits) -> Iterator[tuple[WorkItem, Commit]]:
+    """Each page of keys, by the item of the first view, and a commit that names it."""
+    for item in sealed.plan.items():
+        if item.view == 0:
+            yield item, commits.get(item, sealed.plan.groups[0])
+
+
+def _keys(store: Store, item: WorkItem) -> str | None:
+    """The SHA-256 of a page of keys; None for one that is not there, or of another size."""
+    held = store.held_keys(item.split, item.page, item.rows)
+    return None if held is None else sha256(held.tobytes())
+
+
 def manifests(store: Store) -> Iterator[tuple[str, Manifest]]:
-    """All that can be read, by digest."""
+    """All that are listed and can be read, by digest."""
     for name in store.storage.list("manifests"):
         if (match := _NAME.fullmatch(name)) is not None:
             with contextlib.suppress(Corrupt, Unsafe):
                 yield match[1], store.manifest(match[1])
+
+
+def _by_name(store: Store, current: str | None) -> dict[str, Manifest]:
+    """The same, and that in force, which a listing may lack."""
+    found = dict(manifests(store))
+    if current is not None and current not in found:
+        with contextlib.suppress(Corrupt, Unsafe):
+            found[current] = store.manifest(current)
+    return found
+
+
+def _ancestors(found: Mapping[str, Manifest], digest: str) -> list[str]:
+    """A manifest, that which it was appended to, and so on."""
+    line = [digest]
+    while (parent := found[line[-1]].parent) is not None and parent in found:
+        line.append(parent)
+    return line
 
 
 def _current(store: Store) -> str | None:

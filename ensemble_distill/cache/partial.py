@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble_distill.cache.commits import check_layout, check_plan
+from ensemble_distill.cache.commits import Commits, check_layout, check_plan
 from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.store.records import Commit
@@ -63,6 +63,22 @@ class LooseCommits:
         check_plan(commit, self._plan, self._digest, self._store.root)
         check_layout(commit, group, item, self._store.root)
         return commit
+
+
+class SealedCommits(LooseCommits):
+    """The same of what is being appended to: of units that are sealed, the commit that was sealed."""
+
+    def __init__(self, store: Store, plan: Plan, plan_digest: str) -> None:
+        super().__init__(store, plan, plan_digest)
+        self._sealed: tuple[Plan, Commits] | None = None
+        if (current := store.current()) is not None and (manifest := store.manifest(current)).plan in plan.parents:
+            sealed = store.plan(manifest.plan, Plan)
+            self._sealed = sealed, Commits(store, sealed, manifest)
+
+    def get(self, item: WorkItem, group: Group) -> Commit:
+        if self._sealed is not None and self._sealed[0].has(item.unit(group)):
+            return self._sealed[1].get(item, group)
+        return super().get(item, group)
 
 
 def part_digest(plan: Plan, parts: dict[str, Part], commits: LooseCommits) -> str:

@@ -7,6 +7,7 @@ write the same bytes. Whatever a reader allocates follows from the plan, so its 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -437,6 +438,12 @@ class Plan(Config):
             if canonical and view < split.views and page < split.pages and f"{page:08d}" == match[3]:
                 return self.number(match[1], view, page) * len(self.groups) + group
         raise Corrupt(f"{unit[:200]!r} is no unit of this cache's plan")
+
+    def has(self, unit: str) -> bool:
+        """Whether there is a unit of this name."""
+        with contextlib.suppress(Corrupt):
+            return self.unit_number(unit) >= 0
+        return False
 
     def unit_name(self, number: int) -> str:
         item, group = divmod(number, len(self.groups))

@@ -114,7 +114,7 @@ def _differs(store: Store, unit: str, sealed: Commit) -> tuple[str, bytes] | Non
 def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], object]) -> bool:
     """Act on one list of what is wrong; whether there may be more, and this round was of use."""
     before = mended.files
-    if lost := [damage for damage in verdict.damaged if damage.kind in ("plan", "calibration")]:
+    if lost := [damage for damage in verdict.damaged if damage.kind in ("plan", "calibration", "orphan")]:
         raise Corrupt(f"{lost[0]}: this cannot be mended", hint=_to_restore(lost[0], store.root))
     if any(damage.kind not in ("stray", "parent") for damage in verdict.damaged):
         begin()
@@ -137,6 +137,8 @@ def _to_restore(damage: Damage, root: str) -> str:
     """What a user can do about damage that nothing in the cache can mend."""
     if damage.kind == "calibration":
         return f"restore {damage.name} from a copy of the cache"
+    if damage.kind == "orphan":
+        return "restore that plan from a copy; or remove the commit, if it is not of this cache"
     if damage.name:  # a commit of a plan that has grown out of PLAN's
         return (
             f"restore PLAN from a copy, or give up what was appended: ensemble-distill append --cache {root} --abandon"
@@ -207,10 +209,9 @@ def _mend_pointers(store: Store, mended: Mended) -> None:
         store.storage.replace("CURRENT", f"{later.digest}\n".encode())
         mended.restored.append("CURRENT")
     held = _held(store)
-    if held is not None and (last is None or held == last.manifest.plan or last.manifest.plan in _parents(store, held)):
-        return
-    if last is not None:
-        digest = _appended_to(store, last.manifest.plan, last.plan)
+    base = held if last is None else last.manifest.plan
+    if base is not None:
+        digest = _appended_to(store, base, held)
     elif len(plans := list(store.storage.list("plans"))) == 1:
         digest = plans[0].removeprefix("plans/").removesuffix(".json")
     else:
@@ -218,13 +219,11 @@ def _mend_pointers(store: Store, mended: Mended) -> None:
             f"{store.root}/PLAN is damaged, and there are {len(plans)} plans to choose from",
             hint="restore PLAN from a copy of the cache",
         )
+    if digest == held:
+        return
     store.plan(digest, Plan)  # a plan that is damaged too must not become the one in force
     store.storage.replace("PLAN", f"{digest}\n".encode())
     mended.restored.append("PLAN")
-
-
-def _parents(store: Store, digest: str) -> tuple[str, ...]:
-    return store.plan(digest, Plan).parents
 
 
 def _held(store: Store) -> str | None:
@@ -236,22 +235,34 @@ def _held(store: Store) -> str | None:
     return None
 
 
-def _appended_to(store: Store, digest: str, sealed: Plan) -> str:
-    """The digest of the plan under which units beyond the sealed plan were committed; without any, the sealed one's."""
-    found = {plan for unit in store.committed() if (plan := _plan_beyond(store, sealed, unit)) is not None}
-    larger = [plan for plan in found if digest in store.plan(plan, Plan).parents]
+def _appended_to(store: Store, base: str, held: str | None) -> str:
+    """The digest of the plan under which units beyond those of the plan ``base`` were committed.
+
+    Where there are none: that which PLAN names, if it has grown out of that plan, or ``base`` itself.
+    """
+    known = store.plan(base, Plan)
+    found = {plan for unit in store.committed() if (plan := _plan_beyond(store, known, unit)) is not None}
+    larger = [plan for plan in found if base in _parents(store, plan)]
+    if held in larger or (not larger and held is not None and base in _parents(store, held)):
+        return held
     if len(larger) > 1:
         raise Corrupt(
             f"{store.root}/PLAN is damaged, and its commits are of {len(larger)} plans beyond the one that is sealed",
             hint="restore PLAN from a copy of the cache",
         )
-    return larger[0] if larger else digest
+    return larger[0] if larger else base
 
 
-def _plan_beyond(store: Store, sealed: Plan, unit: str) -> str | None:
-    """The plan that a unit was committed under which the sealed one has not; None for a commit that cannot be read."""
-    with contextlib.suppress(Corrupt):
-        sealed.unit_number(unit)
+def _parents(store: Store, plan: str) -> tuple[str, ...]:
+    """The plans that a plan has grown out of; none, where it cannot be read."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        return store.plan(plan, Plan).parents
+    return ()
+
+
+def _plan_beyond(store: Store, known: Plan, unit: str) -> str | None:
+    """The plan under which a unit was committed that ``known`` has not; None for a commit that cannot be read."""
+    if known.has(unit):
         return None
     with contextlib.suppress(Corrupt, Unsafe):
         return store.commit(unit).plan

@@ -33,8 +33,8 @@ class Damage:
 
     kind: plan, calibration (that the plan names), manifest (also CURRENT and pages), parent (of the manifest), keys,
     commit (gone or wrong), commit copy (it differs from the sealed one), shard, appended (any of a unit that is not
-    sealed yet), stray (it lies among the commits and is of no unit). name: of a stray or a calibration, the file. keys:
-    of a page of keys, the SHA-256 that it was committed with.
+    sealed yet), stray (it lies among the commits and is of no unit), orphan (the same, of a plan that is lost). name:
+    of these or a calibration, the file. keys: of a page of keys, the SHA-256 that it was committed with.
     """
 
     problem: str
@@ -207,8 +207,20 @@ def _strays(store: Store, plan: Plan) -> Iterator[Damage]:
         try:
             plan.unit_number(unit_of(name))
         except Error as error:
-            kind = "plan" if of_a_larger_plan(store, str(store.plan_digest()), unit_of(name)) else "stray"
-            yield Damage(f"{store.root}/{name}: {error}", kind, name=name)
+            kind, problem = "stray", f"{store.root}/{name}: {error}"
+            if of_a_larger_plan(store, str(store.plan_digest()), unit_of(name)):
+                kind = "plan"
+            elif (lost := _plan_that_is_lost(store, unit_of(name))) is not None:
+                kind, problem = "orphan", f"{problem}, and plans/{lost}.json, under which it was captured, is not there"
+            yield Damage(problem, kind, name=name)
+
+
+def _plan_that_is_lost(store: Store, unit: str) -> str | None:
+    """The plan that a commit names, where that is not there."""
+    with contextlib.suppress(Error):
+        plan = store.commit(unit).plan
+        return plan if store.storage.size(f"plans/{plan}.json") is None else None
+    return None
 
 
 def of_a_larger_plan(store: Store, digest: str, unit: str) -> bool:
@@ -288,15 +300,8 @@ def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator
     for unit in store.committed():
         with contextlib.suppress(Corrupt):
             held.unit_number(unit)
-            if not holds(sealed, unit):
+            if not sealed.has(unit):
                 yield partial(_check, "appended", unit, partial(_whole, store, held, digest, sums, unit, deep))
-
-
-def holds(plan: Plan, unit: str) -> bool:
-    """Whether a plan has a unit of this name."""
-    with contextlib.suppress(Corrupt):
-        return plan.unit_number(unit) >= 0
-    return False
 
 
 def _whole(store: Store, plan: Plan, digest: str, sums: Sums, unit: str, deep: Sequence[DeepCheck]) -> int:

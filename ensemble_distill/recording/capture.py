@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ensemble_distill.cache.commits import committed_units
-from ensemble_distill.cache.partial import LooseCommits, whole
+from ensemble_distill.cache.partial import SealedCommits, whole
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.device import memory_errors
@@ -75,7 +75,8 @@ class Recorder:
         self._digest = self._adopt_plan()
         self._stages = stages(self.plan)
         # Only what was committed before is read, a unit at a time.
-        self._rows = Rows(self.store, self.plan, LooseCommits(self.store, self.plan, self._digest), whole(self.plan), 0)
+        commits = SealedCommits(self.store, self.plan, self._digest)
+        self._rows = Rows(self.store, self.plan, commits, whole(self.plan), 0)
         self.progress = progress = Progress(units=int(self._done.sum()), units_total=self.plan.units)
         report(progress)
         with self.leases.renewing(), ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
@@ -136,7 +137,8 @@ class Recorder:
         refuse_difference(held, self.plan, self.store.root)
         while any(item.startswith(f"{PLANNING}-") for item in self.leases.live()):
             time.sleep(POLL)  # somebody looks whether the plan may be dropped; he is done in a moment, or dead
-        if self.store.plan_digest() != digest:
+        # Once more, for he may have dropped it: then it is made again.
+        if self.store.put_plan(held, held.parents[-1] if held.parents else None) != digest:
             raise Mismatch(f"{self.store.root}: its plan has changed meanwhile", hint="run the same command again")
         return digest
 

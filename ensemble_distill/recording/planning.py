@@ -13,7 +13,7 @@ from torch import Tensor
 from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
 from ensemble_distill.cache.cache import read, renderings, viewed
 from ensemble_distill.cache.commits import check_sealed
-from ensemble_distill.cache.history import put_back
+from ensemble_distill.cache.history import newest, put_back
 from ensemble_distill.cache.plan import (
     MAIN,
     MAX_SHARD,
@@ -106,7 +106,7 @@ def prepare(
     elif held is not None:
         with at_work(store.storage, PLANNING) as own:  # a capture that begins now sees this, or is seen from here
             others = [item for item in leases.live() if item != own]
-            if store.current() is not None or next(store.committed(), None) is not None or others:
+            if newest(store) or store.current() is not None or next(store.committed(), None) is not None or others:
                 refuse_difference(held, plan, store.root)
             # Nothing was captured under it: another batch size or precision may be tried in the same place.
             store.drop_plan(str(store.plan_digest()))

@@ -68,13 +68,15 @@ def remake(store: Store) -> bool:
         for digest in (str(store.plan_digest()), *reversed(held_plan(store).parents)):
             plan = store.plan(digest, Plan)
             if all(map(store.is_committed, (item.unit(group) for item in plan.items() for group in plan.groups))):
-                sealing = _Sealing(plan, digest, store, _grown_from(plan, digest, store, None))
+                sealing = _Sealing(plan, digest, store, None)
                 for part in _commits(plan, store):
                     sealing.add(part)
-                data = records.dump(sealing.manifest())
-                if sha256(data) == current:
-                    store.storage.replace(f"manifests/{current}.json", data)
-                    return True
+                made = sealing.manifest()
+                for parent in (None, *(name for name, m in manifests(store) if m.plan in plan.parents[-1:])):
+                    data = records.dump(made.model_copy(update={"parent": parent}))
+                    if sha256(data) == current:
+                        store.storage.replace(f"manifests/{current}.json", data)
+                        return True
     return False
 
 
