@@ -17,7 +17,8 @@ from test_resume import slow, wait_for
 
 from ensemble_distill import Cache, EnsembleConfig, open_cache
 from ensemble_distill.cache.abandon import abandon
-from ensemble_distill.cache.plan import Plan, Split
+from ensemble_distill.cache.commits import held_plan
+from ensemble_distill.cache.plan import Calibration, Plan, Split
 from ensemble_distill.cache.repair import repair
 from ensemble_distill.cache.verify import verify
 from ensemble_distill.errors import Corrupt, Mismatch
@@ -61,6 +62,11 @@ def unseal(cli: Cli, current: str) -> None:
     """As an append to ``two`` leaves it that was killed before it was sealed."""
     (cli.folder / "two" / "manifests" / f"{open_cache(cli.folder / 'two').digest}.json").unlink()
     (cli.folder / "two" / "CURRENT").write_text(current)
+
+
+def committed(cache: Path) -> dict[str, Commit]:
+    store = open_store(cache)
+    return {unit: store.commit(unit) for unit in store.committed()}
 
 
 def said(cache: Cache, split: str = "train", view: int = 1, count: int = 150, **ensemble: object) -> torch.Tensor:
@@ -244,7 +250,6 @@ def test_samples_and_splits_are_appended_behind_those_there_are(cli: Cli) -> Non
 def test_an_append_that_is_stopped_goes_on_and_readers_see_what_was_there(cli: Cli) -> None:
     before = open_cache(cli.folder / "two").digest
     append = ["append", "digits.py", "--cache", "two", "--set", MEMBERS]
-    from ensemble_distill.cache.commits import held_plan
 
     cli(*append)
     store = open_store(cli.folder / "two")
@@ -336,6 +341,53 @@ def test_samples_are_appended_behind_those_there_are(cli: Cli) -> None:
     cli.change("slice(0, 1000)", "np.r_[300:1000, 0:300]")
     cli("append", "digits.py", "--cache", "c", "--views", "1")
     cli("verify", "c")
+
+
+def test_a_forged_plan_of_an_append_decides_nothing(cli: Cli) -> None:
+    """PLAN names one that says to have grown out of what is sealed, with other temperatures."""
+    cli("cache", "digits.py", "--out", "c", "--set", 'calibrate="held_out"')
+    store = open_store(cli.folder / "c")
+    digest, current = str(store.plan_digest()), store.current()
+    true = store.plan(digest, Plan)
+    record = store.calibration(str(true.capture.calibration), Calibration)
+    lies = {"temperature_before": tuple(4 * t for t in record.temperature_before), "temperature_after": 3.0}
+    calibration = store.put_calibration(record.model_copy(update=lies))
+    split = true.splits["train"].model_copy(update={"views": 3})
+    forged = true.model_copy(
+        update={
+            "parents": (digest,),
+            "splits": true.splits | {"train": split},
+            "reading": true.reading.model_copy(update=lies),
+            "capture": true.capture.model_copy(update={"calibration": calibration}),
+        }
+    )
+    store.put_plan(forged, digest)
+    for command in (["cache", "digits.py", "--out", "c"], ["append", "digits.py", "--cache", "c"]):
+        stderr = cli(*command, "--views", "3", "--set", 'calibrate="held_out"', code=3).stderr
+        assert "capture.calibration" in stderr or "something else is being appended" in stderr
+    assert store.current() == current
+    cli("append", "--cache", "c", "--abandon")
+    cli("append", "digits.py", "--cache", "c", "--views", "3", "--set", 'calibrate="held_out"')
+    assert held_plan(store).reading == true.reading
+
+
+def test_what_is_appended_is_mixed_from_what_is_sealed(cli: Cli) -> None:
+    """And not from a commit that somebody forged in the middle of the append."""
+    cli(*APPEND)
+    whole = {unit: commit for unit, commit in committed(cli.folder / "two").items() if unit.endswith(".targets.1")}
+    shutil.rmtree(cli.folder / "two")
+    cli("cache", "two.py", "--out", "two", "--set", MEMBERS)
+    begun(cli)
+    store = open_store(cli.folder / "two")
+    unit, other = (f"train-v00000{view}-00000004.targets" for view in (0, 1))
+    lie = store.commit(other).model_copy(update={"unit": unit})
+    store.storage.replace(f"commits/{unit}.json", records.seal(lie))
+    assert "not the commit that was sealed" in cli(*APPEND, code=4).stderr
+    cli("cache", "digits.py", "--out", "two", "--set", MEMBERS, code=4)
+    cli("repair", "two")
+    cli(*APPEND)
+    found = {unit: commit for unit, commit in committed(cli.folder / "two").items() if unit.endswith(".targets.1")}
+    assert {unit: c.content for unit, c in found.items()} == {unit: c.content for unit, c in whole.items()}
 
 
 def test_a_parent_whose_shard_is_gone_is_told(cli: Cli) -> None:

@@ -229,8 +229,6 @@ def test_a_manifest_is_made_again_whichever_capture_it_was_appended_to(tmp_path:
     current = seal(plan, put(store, plan), store)
     name = f"manifests/{current}.json"
     whole = store.storage.read(name)
-    for other in [name for name in store.storage.list("manifests") if name != f"manifests/{current}.json"]:
-        assert store.storage.size(other)
     store.storage.replace(name, b"{}")
     assert remake(store) and store.storage.read(name) == whole
 

@@ -91,15 +91,20 @@ def prepare(
     Mismatch where the directory holds another plan, naming the first field that differs.
     """
     held = existing_plan(store)
-    # Resolved once and stored: a resumed capture must not choose anew.
-    precision = held.capture.precision if held and config.precision == "auto" else config.precision
+    sealed = _sealed(store, held)
+    # Resolved once and stored: a resumed capture must not choose anew. Of what is being appended nothing is stored that
+    # the sealed plan does not say.
+    before = sealed[1] if sealed else held
+    precision = before.capture.precision if before and config.precision == "auto" else config.precision
     pieces, ensemble = load_pieces(data, config, sources, devices, precision)
     if config.calibrate is not None:
-        pieces = _calibrated(pieces, config, ensemble, sources, store, held, report)
+        pieces = _calibrated(pieces, config, ensemble, sources, store, before, report)
     plan = make_plan(pieces, config)
     if append:
         return _appended(plan, held, sources, store), ensemble
-    if held is not None and held.parents:
+    if held is not None and sealed is not None:
+        plan = _with_renderings(sealed[1], grown(sealed[1], sealed[0], plan, sources, store.root), store.root)
+    elif held is not None and held.parents:
         plan = grown(held, str(store.plan_digest()), plan, sources, store.root)
     if held is not None and (kept := with_held_audit(held, plan)) == held:
         plan = kept  # and not what is held, whose transforms have no functions
@@ -111,6 +116,14 @@ def prepare(
             # Nothing was captured under it: another batch size or precision may be tried in the same place.
             store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
+
+
+def _sealed(store: Store, held: Plan | None) -> tuple[str, Plan] | None:
+    """The digest of the plan that is sealed, and that plan, where more is being appended to it."""
+    if held is None or not held.parents or (current := store.current()) is None:
+        return None
+    digest = store.manifest(current).plan
+    return (digest, store.plan(digest, Plan)) if digest in held.parents else None
 
 
 def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], store: Store) -> Plan:
