@@ -208,8 +208,9 @@ def test_nothing_is_known_to_come_after_a_manifest_that_cannot_be_read(
     commit = store.storage.read(f"commits/{unit}.json")
     store.storage.remove(f"commits/{unit}.json")
     assert not any("was sealed as" in str(damage) for damage in verify(store).damaged)
-    mend(store)
-    assert store.current() is None and store.plan_digest() == pointers[2][0]
+    for _ in range(2):
+        mend(store)
+        assert store.current() is None and store.plan_digest() == pointers[2][0] and not verify(store).waiting
     store.storage.create(f"commits/{unit}.json", commit)
     assert seal(plan, pointers[2][0], store) == current
 

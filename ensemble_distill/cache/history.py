@@ -36,13 +36,13 @@ def newest(store: Store) -> Sealed | None:
     """What was sealed last here, as far as it is known; None where nothing is.
 
     Where CURRENT can be read: what it names, or what was appended to that, one after another. Where it is lost: of all
-    manifests whose keys are those that lie here. Raises Corrupt for a plan that is lost, where it may be the newest,
-    and for two manifests of which neither has grown out of the other.
+    manifests whose keys are those that lie here, if all can be read. Raises Corrupt for a plan that is lost, where it
+    may be the newest, and for two manifests of which neither has grown out of the other.
     """
     current = _current(store)  # first: what is sealed from here on may be listed, and is not yet in force
-    found = _by_name(store, current)
-    if current is not None and current not in found:
-        return None  # what it names cannot be read: nothing is known to have come after it
+    found, listed = _by_name(store, current)
+    if current not in found if current is not None else listed > len(found):
+        return None  # one cannot be read: nothing is known to have come after it
     line = {digest: m for digest, m in found.items() if current is None or current in _ancestors(found, digest)}
     known = [Sealed(digest, m, plan) for digest, m in line.items() if (plan := _plan(store, m.plan)) is not None]
     known = [sealed for sealed in known if current is not None or _is_of(store, sealed)]
@@ -120,13 +120,14 @@ def manifests(store: Store) -> Iterator[tuple[str, Manifest]]:
                 yield match[1], store.manifest(match[1])
 
 
-def _by_name(store: Store, current: str | None) -> dict[str, Manifest]:
-    """The same, and that in force, which a listing may lack."""
-    found = dict(manifests(store))
-    if current is not None and current not in found:
+def _by_name(store: Store, current: str | None) -> tuple[dict[str, Manifest], int]:
+    """The same, and that in force, which a listing may lack; and how many there are, read or not."""
+    names = {match[1] for name in store.storage.list("manifests") if (match := _NAME.fullmatch(name))}
+    found = {}
+    for digest in names if current is None else {*names, current}:
         with contextlib.suppress(Corrupt, Unsafe):
-            found[current] = store.manifest(current)
-    return found
+            found[digest] = store.manifest(digest)
+    return found, len(names)
 
 
 def _ancestors(found: Mapping[str, Manifest], digest: str) -> list[str]:
