@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ensemble_distill.errors import Mismatch, Unsafe, UsageError
+from ensemble_distill.fingerprint import sha256
 
 
 def load_weights(who: str, module: nn.Module, path: Path, maker: str) -> None:
@@ -40,3 +42,8 @@ def load_weights(who: str, module: nn.Module, path: Path, maker: str) -> None:
             f"{who}: {path} does not fit the module that {maker} made: {detail}",
             hint=f"{maker} must make the module that these weights were saved from",
         ) from error
+
+
+def printed_digest(module: nn.Module) -> str:
+    """SHA-256 of what a module prints, but for places in memory: the same weights may fit others."""
+    return sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())

@@ -69,10 +69,10 @@ Levels = Callable[[int], None]
 @pytest.fixture
 def lighter(monkeypatch: pytest.MonkeyPatch) -> Levels:
     """Another machine, whose cells are so many levels lighter."""
-    pooled = views._pooled_levels
+    pooled = views._pooled
 
     def change(levels: int) -> None:
-        monkeypatch.setattr(views, "_pooled_levels", lambda images: pooled(images) + levels)
+        monkeypatch.setattr(views, "_pooled", lambda images: pooled(images) + levels / 255)
 
     return change
 

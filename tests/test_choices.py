@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import Cli, load_module
 
-from ensemble_distill import Cache, EnsembleConfig, open_cache
+from ensemble_distill import ArraySource, Cache, EnsembleConfig, open_cache
 from ensemble_distill.errors import UsageError
+from ensemble_distill.evaluation.fit_weights import fit_weights
 
 MEMBERS = 'codec={"name":"members"}'
 KEPT = 'codec={"name":"members","inner":{"name":"topk","k":4}}'
@@ -190,6 +191,7 @@ def test_a_weight_of_zero_leaves_rows_out(captured: Path) -> None:
         ("lambda rows: rows.logprobs", "weight() gave shape [20, 10], expected a tensor [20]"),
         ("lambda rows: rows.entropy - 9", "weight() gave -"),
         ("lambda rows: rows.enthalpy", "no attribute 'enthalpy'"),
+        ("lambda rows: rows.logprobs.exp_().amax(1)", "weight() writes into a tensor that it was given"),
     ],
 )
 def test_weights_that_are_none_are_refused_before_the_first_step(cli: Cli, weight: str, message: str) -> None:
@@ -220,6 +222,32 @@ def test_temperatures_are_fitted_with_them(cli: Cli) -> None:
     assert "keeps 4 classes" in cli("fit-weights", "digits.py", "--cache", "kept", "--temperatures", code=2).stderr
 
 
+def label_nll(cache: Cache, source: ArraySource) -> float:
+    """What the targets of a split's samples give to their labels, nats."""
+    batch = next(iter(cache.loader(source, len(source), split="held_out", shuffle=False)))
+    return -float(batch.targets.logprobs.gather(1, batch.labels[:, None]).mean())
+
+
+@pytest.mark.parametrize("more", [["temperature=3", "combine=mean_logits"], ["calibrate=held_out"]])
+def test_what_is_fitted_is_worth_what_is_said(cli: Cli, more: list[str]) -> None:
+    """Also where the capture tempers members and their mixture: what is printed is absolute, as students take it."""
+    if "calibrate=held_out" not in more:
+        cli.change("build=lambda: Net(48), ", "build=lambda: Net(48), temperature=HOT[name], ")
+        cli.change("VIEW_SEED = 3", 'VIEW_SEED = 3\nHOT = {"a": 4.0, "b": 0.5, "c": 1.0}')
+    options = [part for setting in (MEMBERS, *more) for part in ("--set", setting)]
+    cli("cache", "digits.py", "--out", "tempered", "--views", 1, *options)
+    cache = open_cache(cli.folder / "tempered")
+    source = load_module(cli.folder / "digits.py").data().sources["held_out"]
+    for temperatures in (False, True):
+        report = fit_weights(cache, source, "held_out", temperatures=temperatures)
+        assert report["nll"]["captured"] == pytest.approx(label_nll(cache, source), abs=1e-5)
+        fitted = cache.mixed(EnsembleConfig(**report["ensemble"]))
+        assert report["nll"]["fitted"] == pytest.approx(label_nll(fitted, source), abs=1e-4)
+        assert report["nll"]["fitted"] <= report["nll"]["equal"] + 1e-6
+    said = cli("fit-weights", "digits.py", "--cache", "tempered").stdout
+    assert "--set ensemble.temperature=1.0" in said.replace("'", "")
+
+
 def test_shares_can_be_fitted_to_kept_classes(cli: Cli) -> None:
     report = json.loads(cli("fit-weights", "digits.py", "--cache", "kept", "--json").stdout)
     assert report["nll"]["fitted"] <= report["nll"]["equal"] + 1e-6
@@ -228,6 +256,15 @@ def test_shares_can_be_fitted_to_kept_classes(cli: Cli) -> None:
 def test_fitting_without_members_or_labels_is_refused(cli: Cli) -> None:
     assert "keeps the members' mixture only" in cli("fit-weights", "digits.py", "--cache", "cache", code=2).stderr
     assert "no split 'x'" in cli("fit-weights", "digits.py", "--cache", "members", "--split", "x", code=2).stderr
+
+
+@pytest.mark.parametrize(("cache", "width"), [("kept", 12), ("kept", 9), ("members", 12)])
+def test_a_student_of_more_or_fewer_outputs_than_classes_is_refused(cli: Cli, cache: str, width: int) -> None:
+    cli.change("return Net(16)", f"net = Net(16)\n    net.head = nn.Linear(16, {width})\n    return net")
+    soft = ["--set", "objective.soft.temperature=1"]
+    said = cli("train", "digits.py", "--cache", cache, "--out", "r", *soft, code=2).stderr
+    assert f"the student gives {width} logits for each sample, and the cache has 10 classes" in said
+    assert not (cli.folder / "r").exists()
 
 
 def test_views_without_transforms_are_draws(cli: Cli) -> None:

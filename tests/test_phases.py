@@ -135,7 +135,7 @@ def test_fitting_weights_tells_of_every_batch_and_every_fit(
     heard = Heard()
     found = fitting.fit_weights(cache, source, "held_out", temperatures=temperatures, report=heard)
     assert list(heard.phases) == ["reading", "fitting"]
-    assert heard.steps("reading") == [50] * 12  # three members, four batches each
+    assert heard.steps("reading") == [50] * 16  # the mixture and three members, four batches each
     assert heard.steps("fitting", "fits") == [1] * 3 * fits  # all rows, and either half
     assert found == fitting.fit_weights(cache, source, "held_out", temperatures=temperatures)
 

@@ -17,6 +17,7 @@ from ensemble_distill import losses
 from ensemble_distill.config import override
 from ensemble_distill.errors import UsageError
 from ensemble_distill.training.objective import Objective
+from ensemble_distill.weights import printed_digest
 
 CPU = torch.device("cpu")
 
@@ -156,6 +157,36 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(tapped: Cli) -> Non
     assert "pickle" in tapped(*train, "--out", "x", "--set", "start=weights.pt", code=5).stderr
 
 
+def test_weights_that_fit_another_student_are_not_taken_for_its_own(tapped: Cli) -> None:
+    tapped("train", "tapped.py", "--cache", "hdf5", "--out", "run", "--set", "epochs=1")
+    tapped.change("nn.ReLU(inplace=True)", "nn.Tanh()", name="tapped.py", to="tanh.py")
+    refused = tapped("evaluate", "tanh.py", "--run", "run", code=3).stderr
+    assert "run trained another student than the pipeline's" in refused
+    second = ("train", "tanh.py", "--cache", "hdf5", "--out", "second", "--set", "epochs=1", "--set")
+    assert "start: run trained another student" in tapped(*second, "start=run", code=3).stderr
+    assert not (tapped.folder / "second").exists()
+    tapped(*second, "start=run/last.safetensors")
+    (tapped.folder / "run/config.json").write_text("{}")
+    assert "which student" in tapped(*second, "start=run", code=4).stderr
+
+
+def test_a_student_of_other_classes_is_not_scored_without_its_cache_either(tapped: Cli) -> None:
+    tapped("train", "tapped.py", "--cache", "hdf5", "--out", "run", "--set", "epochs=1")
+    (tapped.folder / "hdf5").rename(tapped.folder / "gone")
+    tapped("evaluate", "tapped.py", "--run", "run")
+    tapped.change('classes=("a", "b", "c")', 'classes=("b", "a", "c")', name="tapped.py")
+    refused = tapped("evaluate", "tapped.py", "--run", "run", code=3).stderr
+    assert "run was trained with classes[0] = 'a', this pipeline says 'b'" in refused
+
+
+def test_what_a_student_prints_of_memory_tells_no_students_apart() -> None:
+    class Named(torch.nn.Module):
+        def extra_repr(self) -> str:
+            return f"made by {object()}"
+
+    assert printed_digest(Named()) == printed_digest(Named()) != printed_digest(torch.nn.Identity())
+
+
 def test_a_run_goes_on_only_from_the_weights_that_it_began_with(tapped: Cli) -> None:
     train = ("train", "tapped.py", "--cache", "hdf5", "--set", "epochs=1")
     tapped(*train, "--out", "first")
@@ -196,3 +227,30 @@ def test_a_term_of_weight_zero_asks_for_nothing(parts: tuple[Any, ed.Cache]) -> 
     config = override(parts[0].every(), ["objective.hint.weight=0", 'objective.js.weight={"kind":"warm_up","value":0}'])
     made, *_ = objective(parts, config)
     assert not {"hint", "js"} & set(made.terms) and "hint" not in made.adapters
+
+
+def _student(s: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    return (s.relu_() - t).pow(2).mean()
+
+
+def _cached(s: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    return (s - t.sub_(t.mean(0))).pow(2).mean()
+
+
+def _weights(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    return ((s - t).pow(2).flatten(1).mean(1) * w.detach().div_(w.sum())).sum()
+
+
+@pytest.mark.parametrize("distance", [_student, _cached, _weights])
+def test_a_distance_that_works_in_place_is_refused(parts: tuple[Any, ed.Cache], distance: Any) -> None:
+    """Else the terms after it would be given what it made of their features."""
+    match = ed.FeatureMatch(tap="tap/c.body", module="body", distance=distance, rows=lambda targets: targets.entropy)
+    with pytest.raises(UsageError, match=r"objective\.own: its distance writes into a tensor that it was given"):
+        objective(parts, parts[0].config(lambda: parts[0].Conv(2), own=match))
+
+
+def test_weights_of_rows_that_write_into_features_are_refused(parts: tuple[Any, ed.Cache]) -> None:
+    match = ed.FeatureMatch(tap="tap/c.body", module="body")
+    soft = ed.SoftTargets(rows=lambda targets: targets.features["tap/c.body"].flatten(1).abs_().mean(1))
+    with pytest.raises(UsageError, match=r"objective\.soft: rows\(\) writes into a tensor that it was given"):
+        objective(parts, parts[0].config(lambda: parts[0].Conv(2), soft=soft, own=match))

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import ensemble_distill as ed
+from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.config import Transform, describe
 from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sample_keys
@@ -599,6 +600,34 @@ def test_a_level_more_or_less_is_no_change() -> None:
     assert audit_differs(expected, audit(images, keys, of(ed.Flip()), (0, 1))) == (
         "sample 2 in view 0 differs by 3 levels of 255"
     )
+
+
+@pytest.mark.parametrize(("low", "high"), [(-80, -20), (-3, 3), (0, 40_000), (-0.002, 0.001), (-2, 0.7)])
+def test_of_images_outside_of_0_to_1_a_change_is_found_too(low: float, high: float) -> None:
+    noise, keys = some((4, 2, 16, 16), torch.float32)
+    images, config = low + (high - low) * noise, of(ed.Flip(), DARKEN)
+    expected = json.loads(json.dumps(audit(images, keys, config, (0, 1))))
+    assert audit_differs(expected, expected) == "" and any("values" in entry for entry in expected)
+    bits = audit(images * (1 + 1e-6), keys, config, (0, 1))
+    assert bits != expected and audit_differs(expected, bits) == "" == audit_differs(bits, expected)
+    lighter = of(ed.Flip(), ed.Custom(name="darken", slots=1, function=lambda x, u: 1.05 * darken(x, u)))
+    found = audit_differs(expected, audit(images, keys, lighter, (0, 1)))
+    assert found.startswith("sample 0 in view 1 differs")
+    inside = audit(images.clamp(0.2, 0.8), keys, config, (0, 1))
+    assert "differs" in audit_differs(expected, inside) and "differs" in audit_differs(inside, expected)
+    if high - low > 1:  # all black or white to levels, as they were
+        assert "differs" in audit_differs(expected, audit(images.clamp(0, 1), keys, config, (0, 1)))
+    of_before = [{name: entry[name] for name in entry if name != "values"} for entry in expected]
+    assert audit_differs(of_before, expected) == ""
+    assert Rendering.model_validate(expected[0]).model_dump(mode="json") == expected[0]
+    assert Rendering.model_validate(of_before[0]).model_dump(mode="json") == of_before[0]
+
+
+def test_values_are_as_many_as_cells() -> None:
+    images, keys = some((1, 1, 4, 4), torch.float32)
+    (entry,) = audit(images - 5, keys, of(ed.Flip()), (0,))
+    with pytest.raises(ValueError, match="120 digits are no values"):
+        Rendering.model_validate(entry | {"values": entry["values"][:-8]})
 
 
 def test_audits_of_other_samples_shapes_or_views_differ() -> None:

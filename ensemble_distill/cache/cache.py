@@ -19,6 +19,7 @@ from torch import Tensor
 from ensemble_distill.cache.audit import comparable, refuse_other_pixels
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
 from ensemble_distill.cache.join import KeyTable
+from ensemble_distill.cache.labels import in_captured_order, other_label
 from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
 from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name, padded_arrays
 from ensemble_distill.cache.renderings import Rendering
@@ -45,8 +46,6 @@ from ensemble_distill.targets import Targets
 MIN_KEYS = 128 << 20
 COPIES_SIZE = 10_000_000_000
 log = logging.getLogger(__name__)
-
-LABEL_NATS, LABEL_SHARE = 0.25, 0.02
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,8 @@ class Cache:
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
         self._views_checked: set[str] = set()
+        self._sources: Mapping[str, Source] = {}
+        self._labels: dict[str, np.ndarray] = {}  # by split, where they are proved to be the captured ones: by row
 
     def mixed(self, ensemble: EnsembleConfig) -> Cache:
         """The same cache, whose members are combined as ``ensemble`` says; nothing is read for it.
@@ -281,6 +282,7 @@ class Cache:
         ``workers`` threads read, hash and render ahead.
         """
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
+        self._know_labels(source, split)
         view = epoch % min(views or self.parts[split].views, self.parts[split].views)
         if view > 0 and split not in self._views_checked:
             self.check_views(source, split)
@@ -305,7 +307,7 @@ class Cache:
                 f"{self.root} was captured with {field} = {old!r}, this pipeline says {new!r}",
                 hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
-        self._views = data.views
+        self._views, self._sources = data.views, data.sources
         self._views_checked.clear()
 
     def check_views(self, source: Source, split: str = "train") -> None:
@@ -327,18 +329,43 @@ class Cache:
     def check_labels(self, source: Source, split: str) -> None:
         """Refuse labels that changed since the capture. Another order or size of the source is no change.
 
-        Labels whose digest differs call for a look at every key, since only that tells a relabelled
-        source (Mismatch) from a reordered one.
+        Labels whose digest differs call for a look at every key, since only that tells a relabelled source (Mismatch)
+        from a reordered one: put back into the captured order, the labels of that have the captured digest.
         """
         check_label_range(source, split, len(self.plan.reading.classes))
+        self._know_labels(source, split)
         spec = self.plan.splits.get(split) if split in self.parts else None
         if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
             return
-        if array_digest(source.labels) != spec.labels and (self.verify_source(source, split)).all():
+        if array_digest(source.labels) != spec.labels and self._relabelled(source, split, spec.labels):
             raise Mismatch(
-                f"the labels of {split} are not those that {self.root} was captured with, in the same order of samples",
+                f"the labels of {split} are not those that {self.root} was captured with, sample by sample",
                 hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
+
+    def _know_labels(self, source: Source, split: str) -> None:
+        """Know the labels of a split as they were captured, if this source or the pipeline's has all in their order.
+
+        Their digest proves them, and by row they prove those of any part, whatever codec keeps the targets.
+        """
+        spec = self.plan.splits.get(split)
+        for some in (source, self._sources.get(split)):
+            if split in self._labels or spec is None or some is None or len(some) != spec.rows:
+                continue
+            if some.labels is not None and array_digest(some.labels) == spec.labels:
+                self._labels[split] = np.asarray(some.labels)
+
+    def _relabelled(self, source: Source, split: str, digest: str) -> bool:
+        """Whether samples of a source have other labels than when they were captured, as far as their keys can tell."""
+        looked_up = list(self._look_up(source, split))
+        if source.labels is None or all(np.array_equal(index, rows) for index, _, rows in looked_up):
+            return True
+        keys = np.concatenate([keys for _, keys, _ in looked_up])
+        back = in_captured_order(source.labels, keys, self.table(split).keys) if self.digest else None
+        if back is not None and array_digest(back.labels) == digest:
+            self._labels[split] = back.labels
+            return False
+        return back is not None and back.sure
 
     def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Mismatch where a model would be given its inputs in another order than the members were."""
@@ -348,44 +375,49 @@ class Cache:
                 hint="restore their order in the source: a module is called with them one after another",
             )
 
-    def _prove_labels(self, targets: Targets, split: str, index: np.ndarray) -> None:
-        """Mismatch where the ensemble gave a label another probability than to the label that was captured with it.
+    def _prove_labels(
+        self, targets: Targets, split: str, index: np.ndarray, rows: np.ndarray, keys: np.ndarray
+    ) -> None:
+        """Mismatch where a sample has another label than the one that was captured with it.
 
-        ``check_labels`` compares all labels of a split at once; this finds some in a part of it.
+        Where the captured labels are not known (of a part of the samples), what the ensemble gave to them decides.
         """
-        labels, captured = targets.labels, targets.label_logprob
-        if labels is None or captured is None or targets.kind == "unbiased":
+        if targets.labels is None:
             return
-        if targets.ids is None:
-            now = targets.logprobs.gather(1, labels[:, None])[:, 0]
-        else:  # a label that was not kept says nothing, and compares as no difference
-            now = (
-                torch.where(targets.ids == labels[:, None], targets.logprobs, torch.nan).nan_to_num(-torch.inf).amax(1)
-            )
-            now = torch.where(now.isneginf(), captured, now)
-        # Beyond what any codec rounds; a label that was not known is NaN, and compares as no difference.
-        if bool((other := (now - captured).abs() > LABEL_NATS + LABEL_SHARE * captured.abs()).any()):
+        held, labels = self._labels.get(split), targets.labels.numpy()
+        wrong = other_label(targets) if held is None else held[rows] != labels
+        for i in np.flatnonzero(wrong):
+            twins = self.table(split).twins(
+                keys[i]
+            )  # equal samples: whose label is whose is not known, and they have the same targets
+            if len(twins) > 1 and (held is None or labels[i] in held[twins]):
+                continue
             raise Mismatch(
-                f"sample {int(index[int(other.int().argmax())])} of {split} has another label than when {self.root} "
-                "was captured",
+                f"sample {index[i]} of {split} has another label than when {self.root} was captured",
                 hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
             )
 
     def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
         """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
-        table, own = self.table(split), []
-        positions = self.positions(source, split)
+        own = [rows == index for index, _, rows in self._look_up(source, split, batch_size)]
+        return np.concatenate(own) if own else np.empty(0, bool)
+
+    def _look_up(
+        self, source: Source, split: str, batch_size: int = 4096
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of all samples that this cache can serve, batch by batch: positions, keys, and their rows (or Mismatch)."""
+        table, positions = self.table(split), self.positions(source, split)
         for first in range(0, len(positions), batch_size):
             index = positions[first : first + batch_size]
-            own.append(table.rows(source.load(index).keys, index) == index)
-        return np.concatenate(own) if own else np.empty(0, bool)
+            keys = source.load(index).keys
+            yield index, keys, table.rows(keys, index)
 
     def _batch(self, source: Source, index: np.ndarray, split: str, view: int, taps: tuple[str, ...]) -> Batch:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = replace(self.targets_at(rows, view, split=split, taps=taps), labels=labels)
         self._check_inputs(inputs)
-        self._prove_labels(targets, split, index)
+        self._prove_labels(targets, split, index, rows, keys)
         inputs = render_inputs(inputs, keys, self._views, view)
         inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
         if partners is not None:

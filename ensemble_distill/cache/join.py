@@ -48,15 +48,25 @@ class KeyTable:
                 log.warning("the order of %s differs from the cache's: its rows are found by key", self.split)
         return found
 
-    def _search(self, keys: np.ndarray) -> np.ndarray:
+    def twins(self, key: np.ndarray) -> np.ndarray:
+        """All rows, int64 [n], of the samples with this key (uint8 [16])."""
+        table, order = self._by_key()
+        first, last = (np.searchsorted(table, as_scalars(key[None])[0], side=side) for side in ("left", "right"))
+        return order[first:last]
+
+    def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys in their order, and the row of each."""
         if self._sorted is None:
-            table = _as_scalars(self.keys[self._held])
+            table = as_scalars(self.keys[self._held])
             order = np.argsort(table, kind="stable")
             self._sorted = table[order], self._held[order]
-        table, order = self._sorted
+        return self._sorted
+
+    def _search(self, keys: np.ndarray) -> np.ndarray:
+        table, order = self._by_key()
         if not len(table):
             return np.full(len(keys), -1)
-        wanted = _as_scalars(keys)
+        wanted = as_scalars(keys)
         place = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
         return np.where(table[place] == wanted, order[place], -1)
 
@@ -73,6 +83,6 @@ class KeyTable:
         )
 
 
-def _as_scalars(keys: np.ndarray) -> np.ndarray:
+def as_scalars(keys: np.ndarray) -> np.ndarray:
     """[N, 16] bytes as [N] comparable scalars; all are 16 bytes, so S16's padding cannot confuse two."""
     return np.ascontiguousarray(keys).view("S16").reshape(-1)

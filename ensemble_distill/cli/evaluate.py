@@ -45,6 +45,7 @@ def command(
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.evaluate import (
+        check_classes,
         check_same_cache,
         evaluate,
         load_student,
@@ -58,6 +59,7 @@ def command(
     on = devices(common.device)[0]
     model = load_student(loaded.train(), run_path, on)
     data = loaded.data()
+    check_classes(run_path, data)
     splits = sources(data, common.limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache, read
-from ensemble_distill.config import EnsembleConfig, TrainConfig
+from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig, difference
 from ensemble_distill.device import place, upload
 from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
@@ -29,6 +29,7 @@ from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import is_url, open_store
 from ensemble_distill.targets import Targets
+from ensemble_distill.weights import printed_digest
 
 HEADER = 1 << 20  # bytes that a file of weights may hold beside them
 
@@ -41,7 +42,7 @@ class _Plain:
 
 
 def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> nn.Module:
-    """The run's exported student, in eval mode. UsageError if the run has none, Mismatch if it does not fit."""
+    """The run's exported student, in eval mode. UsageError if the run has none, Mismatch if it is another one."""
     path, student = Path(run) / "student.safetensors", config.student()
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="finish the run: `ensemble-distill train` goes on with it")
@@ -57,6 +58,11 @@ def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> 
             f"{path} does not fit the pipeline's student: {detail[:200]}",
             hint="name the variant that it was trained with: PIPELINE:VARIANT",
         ) from error
+    if os.path.lexists(Path(run) / "config.json") and printed_digest(student) != _config(run)["student"]:
+        raise Mismatch(
+            f"{run} trained another student than the pipeline's, whose weights fit it: its modules print otherwise",
+            hint="name the variant that it was trained with: PIPELINE:VARIANT",
+        )
     model: nn.Module = place(student.eval(), device)
     return model
 
@@ -132,6 +138,18 @@ def check_same_cache(run: str | Path, cache: Cache) -> None:
         )
 
 
+def check_classes(run: str | Path, data: DataConfig) -> None:
+    """Refuse classes that are not those that the student was trained for, in their order (Mismatch)."""
+    held = _config(run)["data"]
+    expected = held.get("classes") if isinstance(held, dict) else None
+    if (hit := difference(expected, list(data.classes), "classes")) is not None:
+        field, old, new = hit
+        raise Mismatch(
+            f"{run} was trained with {field} = {old!r}, this pipeline says {new!r}",
+            hint=f"restore {field}: the outputs of the student stand for the classes as they were",
+        )
+
+
 def run_manifest(run: str | Path, place: str) -> str | None:
     """The manifest that a run was trained from, where its cache holds more since and still has that one; or None."""
     config, store = _config(run), open_store(place)
@@ -152,7 +170,7 @@ def run_ensemble(run: str | Path) -> EnsembleConfig:
 def _config(run: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(LocalStorage(run).read("config.json"))
-        return {name: value[name] for name in ("cache", "cache_content", "manifest", "train")}
+        return {name: value[name] for name in ("cache", "cache_content", "data", "manifest", "student", "train")}
     except (Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.calibration import fit_shares, fit_temperature, mixture_nll
+from ensemble_distill.calibration import LOWEST, fit_shares, fit_temperature, mixture_nll
 from ensemble_distill.codec import Dense, Members
 from ensemble_distill.config import EnsembleConfig
 from ensemble_distill.errors import UsageError
@@ -27,17 +27,27 @@ BATCH = 4096
 
 @dataclass(frozen=True)
 class _Rows:
-    """What each member said of rows with labels: log p(label) [N, M], and all of log p [N, C] where that is needed."""
+    """What each member said of rows with labels: log p(label) [N, M], and all of log p [N, C] where that is needed.
+
+    All at the temperatures ``before`` averaging of the capture, by member, and at 1 after it.
+    """
 
     names: tuple[str, ...]
+    before: tuple[float, ...]
     labels: Tensor
     label_logprobs: Tensor
     logprobs: tuple[Tensor, ...]
 
     def at(self, index: Tensor) -> _Rows:
-        return _Rows(
-            self.names, self.labels[index], self.label_logprobs[index], tuple(part[index] for part in self.logprobs)
-        )
+        parts = tuple(part[index] for part in self.logprobs)
+        return replace(self, labels=self.labels[index], label_logprobs=self.label_logprobs[index], logprobs=parts)
+
+    def tempered(self, temperatures: Mapping[str, float]) -> list[Tensor]:
+        """Each member's log p [N, C] at a temperature as students state it, which replaces that of the capture."""
+        return [
+            torch.log_softmax(part.double() / (temperatures[name] / before), dim=1)
+            for name, before, part in zip(self.names, self.before, self.logprobs, strict=True)
+        ]
 
 
 # How an ensemble is fitted to rows; what was fitted of it is added to the phase.
@@ -55,12 +65,13 @@ def fit_weights(
 ) -> dict[str, Any]:
     """The mixture (mean_probs) of the members with the least NLL on a split's labels; nats.
 
-    ``temperatures``: fit one for each member first, and one after averaging last, which takes members of all classes.
+    Members are tempered as they were captured, and their mixture is not: ``temperatures`` fits one for each member
+    first, and one after averaging last, which takes members of all classes.
     Reports ``nll`` as captured, with equal shares, as fitted, and ``elsewhere``: fitted on one half of the rows and
     measured on the other, both ways, which is what to expect on new data. ``report`` hears of each batch and each fit.
     UsageError for a cache that does not keep its members, and for a split without labels.
     """
-    rows = _read(cache, source, split, temperatures, workers, report)
+    rows, captured = _read(cache, source, split, temperatures, workers, report)
     fit: _Fit = _tempered if temperatures else _weighted
     halves = [torch.from_numpy(part) for part in np.array_split(permutation(len(rows.labels), 0, 0), 2)]
     ways = [(here, there) for here, there in (halves, halves[::-1]) if len(here) and len(there)]
@@ -69,17 +80,18 @@ def fit_weights(
     chosen = fit(rows, phase)
     elsewhere = [_nll(rows.at(there), fit(rows.at(here), phase)) * len(there) for here, there in ways]
     equal = EnsembleConfig(weights=dict.fromkeys(rows.names, 1 / len(rows.names)))
-    captured = EnsembleConfig(weights=_normalised(dict(cache.captured.shares)))
+    if chosen.temperature is None and cache.captured.temperature != 1:  # which would else stay as captured
+        chosen = chosen.model_copy(update={"temperature": 1.0})
     shown = {name: value for name, value in chosen.model_dump().items() if value is not None}
     return {
         "split": split,
         "rows": len(rows.labels),
         "members": {
-            name: {"captured": (captured.weights or {})[name], "nll": -float(rows.label_logprobs[:, i].mean())}
+            name: {"captured": _shares(cache)[name], "nll": -float(rows.label_logprobs[:, i].mean())}
             for i, name in enumerate(rows.names)
         },
         "nll": {
-            "captured": _nll(rows, captured),
+            "captured": captured,
             "equal": _nll(rows, equal),
             "fitted": _nll(rows, chosen),
             "elsewhere": sum(elsewhere) / len(rows.labels) if ways else None,
@@ -97,8 +109,11 @@ def _weighted(rows: _Rows, phase: Phase) -> EnsembleConfig:
 
 def _tempered(rows: _Rows, phase: Phase) -> EnsembleConfig:
     """Each member at its own temperature, then the shares, then the temperature of the mixture."""
-    fitted = [_temperature(part, rows.labels, phase) for part in rows.logprobs]
-    tempered = [torch.log_softmax(part / t, dim=1) for part, t in zip(rows.logprobs, fitted, strict=True)]
+    fitted = {
+        name: _temperature(part, rows.labels, phase, before)
+        for name, before, part in zip(rows.names, rows.before, rows.logprobs, strict=True)
+    }
+    tempered = rows.tempered(fitted)
     label = torch.cat([part.gather(1, rows.labels[:, None]) for part in tempered], dim=1)
     weights = _rounded(rows.names, fit_shares(label).shares)
     phase.add(1)
@@ -106,14 +121,14 @@ def _tempered(rows: _Rows, phase: Phase) -> EnsembleConfig:
     return EnsembleConfig(
         weights=weights,
         combine="mean_probs",
-        temperatures=dict(zip(rows.names, fitted, strict=True)),
+        temperatures=fitted,
         temperature=_temperature(mixed, rows.labels, phase),
     )
 
 
-def _temperature(logprobs: Tensor, labels: Tensor, phase: Phase) -> float:
-    """The best one at four digits, as people paste it."""
-    fitted = round(fit_temperature(logprobs, labels), 4)
+def _temperature(logprobs: Tensor, labels: Tensor, phase: Phase, before: float = 1.0) -> float:
+    """The best one for what was tempered by ``before`` already, which is a part of it; five digits, for pasting."""
+    fitted = float(f"{before * fit_temperature(logprobs, labels):.5g}")
     phase.add(1)
     return fitted
 
@@ -124,16 +139,13 @@ def _nll(rows: _Rows, ensemble: EnsembleConfig) -> float:
     shares = torch.tensor([weights[name] for name in rows.names], dtype=torch.float64)
     if ensemble.temperatures is None:
         return mixture_nll(rows.label_logprobs, shares)
-    tempered = [
-        torch.log_softmax(part.double() / ensemble.temperatures[name], dim=1)
-        for name, part in zip(rows.names, rows.logprobs, strict=True)
-    ]
-    mixed = combine(tempered, [max(float(share), 1e-12) for share in shares], "mean_probs")
+    mixed = combine(rows.tempered(ensemble.temperatures), [max(float(share), 1e-12) for share in shares], "mean_probs")
     after = torch.log_softmax(mixed / (ensemble.temperature or 1.0), dim=1)
-    return -float(after.gather(1, rows.labels[:, None]).clamp(min=-65504).mean())
+    return -float(after.gather(1, rows.labels[:, None]).clamp(min=LOWEST).mean())
 
 
-def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int, report: Report) -> _Rows:
+def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int, report: Report) -> tuple[_Rows, float]:
+    """What the members said, and the NLL of their mixture as it was captured."""
     codec = cache.head
     if not isinstance(codec, Members):
         raise UsageError(
@@ -144,16 +156,23 @@ def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int, r
         raise UsageError(f"--temperatures: {cache.root} keeps {codec.inner.k} classes of each member, not all of them")
     if source.labels is None:
         raise UsageError(f"{split!r} has no labels: there is nothing to fit shares to")
-    index = cache.positions(source, split)
-    phase, columns, parts = Phase("reading", len(codec.members) * len(index), report), [], []
-    for name in codec.members:
-        one = cache.mixed(EnsembleConfig(weights={name: 1.0}, temperature=1.0 if whole else None))
-        batches = one.loader(source, BATCH, split=split, shuffle=False, workers=workers)
-        label, logprobs = _said(batches, torch.from_numpy(source.labels), whole, phase)
-        columns.append(label)
-        parts.append(logprobs)
-    labels = torch.from_numpy(source.labels[index])
-    return _Rows(codec.members, labels, torch.stack(columns, dim=1), tuple(parts))
+    index, labels = cache.positions(source, split), torch.from_numpy(source.labels)
+    phase = Phase("reading", (1 + len(codec.members)) * len(index), report)
+
+    def said(ensemble: EnsembleConfig, whole: bool) -> tuple[Tensor, Tensor]:
+        batches = cache.mixed(ensemble).loader(source, BATCH, split=split, shuffle=False, workers=workers)
+        return _said(batches, labels, whole, phase)
+
+    label, _ = said(EnsembleConfig(weights=_shares(cache)), False)
+    parts = [said(EnsembleConfig(weights={name: 1.0}, temperature=1.0), whole) for name in codec.members]
+    rows = _Rows(
+        codec.members,
+        cache.plan.reading.temperature_before,
+        labels[index],
+        torch.stack([part[0] for part in parts], dim=1),
+        tuple(part[1] for part in parts),
+    )
+    return rows, -float(label.double().clamp(min=LOWEST).mean())
 
 
 def _said(batches: Iterable[Batch], labels: Tensor, whole: bool, phase: Phase) -> tuple[Tensor, Tensor]:
@@ -185,9 +204,10 @@ def _rounded(names: tuple[str, ...], shares: tuple[float, ...]) -> dict[str, flo
     return rounded
 
 
-def _normalised(shares: dict[str, float]) -> dict[str, float]:
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
+def _shares(cache: Cache) -> dict[str, float]:
+    """Of the members as they were captured."""
+    total = sum(share for _, share in cache.captured.shares)
+    return {name: share / total for name, share in cache.captured.shares}
 
 
 def _compact(value: object) -> str:

@@ -38,6 +38,7 @@ ALONE_ROWS = 8
 AUDIT_ROWS = 4
 AUDIT_CELLS = 8
 AUDIT_CHANNELS = 64
+LARGEST = 3e38  # of float32
 
 
 def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
@@ -202,8 +203,9 @@ def audit(images: Tensor, keys: np.ndarray, config: ViewsConfig, views: Sequence
 
     Each entry is a view of a sample: its position in the batch, its key in hex, the view's number, and the image
     (its first 64 channels) pooled to at most 8×8 cells a channel (adaptive average), in levels of 0..255: ``shape``
-    [C, h, w], ``cells`` in hex. Floating images are taken to lie in [0, 1], integers to fill their type. View 0 is the
-    sample as it is.
+    [C, h, w], ``cells`` in hex. Floating images are taken to lie in [0, 1], integers to fill their type. Of floating
+    ones that do not lie there, such as spectrograms in dB, ``values`` has the cells as they are (float32, in hex).
+    View 0 is the sample as it is.
 
     Whoever renders the same samples with the same configuration later, on another machine or with another version,
     finds by ``audit_differs`` whether the pixels are still those that the ensemble saw. A transform whose function
@@ -222,27 +224,34 @@ def audited(rendered: Tensor, keys: np.ndarray, view: int) -> list[dict[str, Any
             "sample": sample,
             "key": keys[sample].tobytes().hex(),
             "view": view,
-            "shape": list(levels.shape),
-            "cells": levels.numpy().tobytes().hex(),
+            "shape": list(cells.shape),
+            "cells": (cells * 255).round().clamp(0, 255).to(torch.uint8).numpy().tobytes().hex(),
+            **({"values": cells.numpy().astype("<f4").tobytes().hex()} if _saturates(rendered, cells) else {}),
         }
-        for sample, levels in enumerate(_pooled_levels(rendered))
+        for sample, cells in enumerate(_pooled(rendered))
     ]
 
 
-def _pooled_levels(images: Tensor) -> Tensor:
-    """uint8 [B, C, h, w] with h, w at most AUDIT_CELLS, of at most AUDIT_CHANNELS channels."""
+def _saturates(images: Tensor, cells: Tensor) -> bool:
+    """Whether levels of [0, 1] lose some cells of a floating image."""
+    return images.dtype.is_floating_point and bool(((cells < 0) | (cells > 1)).any())
+
+
+def _pooled(images: Tensor) -> Tensor:
+    """float64 [B, C, h, w], of which 1 is white: h, w at most AUDIT_CELLS, of at most AUDIT_CHANNELS channels."""
     images = images[:, :AUDIT_CHANNELS]
     white = 1 if images.dtype.is_floating_point or images.dtype == torch.bool else torch.iinfo(images.dtype).max
     height, width = (min(AUDIT_CELLS, length) for length in images.shape[2:])
     pooled = torch.nn.functional.adaptive_avg_pool2d(images.cpu().double(), (height, width))
-    return (pooled * (255 / white)).nan_to_num(0).round().clamp(0, 255).to(torch.uint8)
+    return (pooled / white).nan_to_num(0, posinf=0, neginf=0).clamp(-LARGEST, LARGEST)
 
 
 def audit_differs(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], tolerance: int = 2) -> str:
     """The first (sample, view) whose audit renderings differ, in words; "" if there is none.
 
-    They differ if any cell does by more than ``tolerance`` levels of 255, or if their shapes or keys do, or if one is
-    missing. The tolerance leaves room for the last bits of another machine's arithmetic.
+    They differ if any cell does by more than ``tolerance`` levels of 255 (of values, of 255 parts of what they span, or
+    of a tenth of the largest), or if their shapes or keys do, or if one is missing. The tolerance leaves room for the
+    last bits of another machine's arithmetic.
     """
     made = {(entry["sample"], entry["view"]): entry for entry in found}
     for entry in expected:
@@ -258,4 +267,23 @@ def audit_differs(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping
         if a.shape != b.shape or (len(a) and np.abs(a - b).max() > tolerance):
             off = f" by {np.abs(a - b).max()} levels of 255" if a.shape == b.shape else ""
             return f"{where} differs{off}"
+        if _values_differ(entry, other, tolerance):
+            return f"{where} differs in values outside of [0, 1]"
     return "".join(f"sample {sample} in view {view} was not expected" for sample, view in list(made)[:1])
+
+
+def _values_differ(expected: Mapping[str, Any], found: Mapping[str, Any], tolerance: int) -> bool:
+    """The same for what levels of [0, 1] lose. Of renderings without values, as older plans have, nothing is lost."""
+    if not expected.get("values"):
+        return False
+    a, b = _values(expected), _values(found)
+    scale = max(a.max() - a.min(), 0.1 * np.abs(a).max())
+    if not found.get("values"):
+        scale = max(scale, 1.0)  # which its levels are parts of
+    return a.shape != b.shape or not bool((np.abs(a - b) <= (tolerance + 0.5) * scale / 255).all())
+
+
+def _values(entry: Mapping[str, Any]) -> np.ndarray:
+    if entry.get("values"):
+        return np.frombuffer(bytes.fromhex(entry["values"]), "<f4").astype(np.float64)
+    return np.frombuffer(bytes.fromhex(entry["cells"]), np.uint8) / 255

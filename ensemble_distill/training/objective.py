@@ -20,6 +20,7 @@ from ensemble_distill.targets import Targets
 from ensemble_distill.terms import AnyTerm, Decoupled, FeatureTerm, SoftTargets, Tempered
 from ensemble_distill.training.features import FeaturePairs
 from ensemble_distill.training.terms import of_features, of_logits
+from ensemble_distill.training.unchanged import tensors_of, unchanged
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Objective(nn.Module):
         """UsageError for terms without labels, taps or modules that they need."""
         super().__init__()
         self.terms: dict[str, AnyTerm] = {n: term for n, term in config.objective.items() if ends(term.weight)[1] > 0}
-        self.weight = config.weight
+        self.weight, self.classes = config.weight, len(cache.plan.reading.classes)
         if not self.terms:
             raise UsageError("the objective has no term of positive weight")
         for name, term in self.terms.items():
@@ -96,6 +97,11 @@ class Objective(nn.Module):
         """
         with self.features.watch() as features:
             logits = logits_of(student, batch.inputs, device, precision)
+        if logits.shape[1] != self.classes:  # which a loss on a few kept classes would not notice
+            raise UsageError(
+                f"the student gives {logits.shape[1]} logits for each sample, and the cache has {self.classes} classes",
+                hint="let it end in one output for each class, in their order",
+            )
         targets = batch.targets.to(device)
         shared = None if self.weight is None else row_weights(self.weight, targets, "weight()")
         parts = {}
@@ -142,8 +148,9 @@ def _warn_of_rest(name: str, temperature: float, tempered: Targets) -> None:
 
 
 def row_weights(function: Callable[[Targets], Any], targets: Targets, who: str) -> Tensor:
-    """What a pipeline's function gives for a batch, as float32 [B]; UsageError unless these are weights."""
-    weights = function(targets)
+    """What a pipeline's function gives for a batch, as float32 [B]; UsageError for others, and where it writes."""
+    with unchanged(who, *tensors_of(targets)):
+        weights = function(targets)
     if not isinstance(weights, Tensor) or weights.shape != (len(targets),):
         found = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         raise UsageError(f"{who} gave {found}, expected a tensor [{len(targets)}], one for each row")

@@ -38,10 +38,11 @@ from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import location
 from ensemble_distill.training import checkpoint
 from ensemble_distill.training.checkpoint import State
+from ensemble_distill.training.functions import digests
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
-from ensemble_distill.training.start import LAST, start_file
-from ensemble_distill.weights import load_weights
+from ensemble_distill.training.start import LAST, check_student, start_file
+from ensemble_distill.weights import load_weights, printed_digest
 
 EVALUATION_BATCH = 512
 WEIGHTS = 1 << 40
@@ -271,6 +272,7 @@ class Run:
             raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
         if self.config.start is not None:
             load_weights("start", student, start_file(self.config.start), "student()")
+            check_student(self.config.start, student)
         self.student = place(student, self.device)
 
     def _build(self) -> None:
@@ -308,10 +310,12 @@ class Run:
         wanted = {
             "data": describe(self.data),
             "train": describe(self.config),
-            "student": sha256(repr(self.student).encode()),
+            "student": printed_digest(self.student),
             "rows": {name: len(source) for name, source in sorted(self.sources.items())},
             "cache_content": self.cache.content_digest,
         }
+        if functions := digests(self.config, without="student"):
+            wanted["functions"] = functions
         if self.config.start is not None:
             wanted["start"] = sha256(start_file(self.config.start).read_bytes())
         root = self.storage.path
@@ -331,6 +335,9 @@ class Run:
             }
             return
         self.described = self._read_config()
+        if _of_another_python(self.described, wanted):
+            log.warning("%s was begun with another Python: whether its functions are the same is not known", root)
+            del wanted["functions"]
         hit = difference({name: self.described.get(name) for name in wanted}, json.loads(json.dumps(wanted)))
         if hit is not None:
             field, old, new = hit
@@ -410,6 +417,13 @@ class Run:
 
     def _write_json(self, name: str, value: Any) -> None:
         self.storage.replace(name, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _of_another_python(held: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether functions were compiled to other byte code, which cannot be compared."""
+    functions = (held.get("functions"), wanted.get("functions"))
+    versions = {value["python"] for value in functions if isinstance(value, dict) and "python" in value}
+    return len(versions) > 1
 
 
 def _checkpoints(names: set[str]) -> set[str]:

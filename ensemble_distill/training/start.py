@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ensemble_distill.errors import Corrupt, UsageError
+from torch import nn
+
+from ensemble_distill.errors import Corrupt, Error, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.weights import printed_digest
 
 LAST = "last.safetensors"
 
@@ -25,6 +28,21 @@ def start_file(start: Path) -> Path:
     if sha256(file.read_bytes()) != _written(start):
         raise Corrupt(f"start: {file} is damaged: not the weights that the run wrote")
     return file
+
+
+def check_student(start: Path, student: nn.Module) -> None:
+    """Mismatch where the run that a student begins with was of another one, whose weights fit it nevertheless."""
+    if not start.is_dir():
+        return
+    try:
+        held = json.loads(LocalStorage(start).read("config.json"))["student"]
+    except (Error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Corrupt(f"start: {start / 'config.json'} does not say which student the run trained") from error
+    if held != printed_digest(student):
+        raise Mismatch(
+            f"start: {start} trained another student, whose weights fit this one: its modules print otherwise",
+            hint=f"if that is meant, name the file: start={start / LAST}",
+        )
 
 
 def _written(run: Path) -> str:

@@ -11,6 +11,7 @@ from ensemble_distill.errors import UsageError
 from ensemble_distill.schedules import at
 from ensemble_distill.targets import Targets
 from ensemble_distill.training.adapters import Projections
+from ensemble_distill.training.unchanged import unchanged
 
 _DISTANCES = {"cosine": losses.feature_cosine, "l2": losses.feature_l2}
 
@@ -67,7 +68,8 @@ def of_features(
         case terms.FeatureMatch():
             if callable(term.distance):
                 more = () if mask_BT is None else (mask_BT,)
-                return _scalar(term.distance(student, cached, weights, *more))
+                with unchanged("its distance", student, cached, weights, mask_BT):
+                    return _scalar(term.distance(student, cached, weights, *more))
             return _DISTANCES[term.distance](student.flatten(1), cached.flatten(1), weights)
         case terms.FactorTransfer():
             return losses.factor_transfer(student, cached, weights)
