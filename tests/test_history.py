@@ -28,7 +28,7 @@ from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.recording.seal import remake, seal
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import CAPTURING, Leases, at_work, lease_storage
+from ensemble_distill.store.leases import CAPTURING, SEALING, Leases, at_work, lease_storage
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import Store, open_store
 
@@ -121,18 +121,43 @@ def test_commits_that_are_lost_with_current_are_put_back(grown: tuple[Store, lis
     assert names(store) == there and store.current() == pointers[2][1] and verify(store).ok
 
 
-def test_what_was_sealed_last_is_repaired_though_current_was_put_back(
-    grown: tuple[Store, list[tuple[str, str]]],
+@pytest.mark.parametrize("given_up", [False, True])
+def test_what_was_sealed_last_and_is_not_whole_is_appended_again_or_given_up(
+    grown: tuple[Store, list[tuple[str, str]]], given_up: bool
 ) -> None:
+    """CURRENT was put back to what is whole, which stays in force."""
     store, pointers = grown
     plan = store.plan(pointers[2][0], Plan)
     unit = plan.unit_name(plan.units - 1)
     store.storage.remove(f"objects/{store.commit(unit).object}")
     point(store, CURRENT=pointers[1][1], PLAN=pointers[1][0])
-    assert mend(store).dropped == [unit]
+    assert any("is not whole any more; append it again, or give it up" in str(d) for d in verify(store).damaged)
+    mended = mend(store)
+    assert len(mended.left) == 1 and store.current() == pointers[1][1]
+    if given_up:
+        abandon(store)
+        assert (store.plan_digest(), store.current()) == pointers[1] and verify(store).ok
+        return
+    store.storage.remove(f"commits/{unit}.json")
     put_item(store, plan, put(store, plan), plan.locate(unit)[0])
     seal(plan, pointers[2][0], store)
-    assert verify(store).ok
+    assert store.plan_digest() == pointers[2][0] and verify(store).ok
+
+
+def test_one_that_seals_just_now_has_put_nothing_back(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    store, pointers = grown
+    point(store, CURRENT=pointers[1][1])
+    with at_work(store.storage, SEALING):
+        assert verify(store).ok
+    assert not verify(store).ok
+
+
+def test_what_was_put_back_is_not_copied(grown: tuple[Store, list[tuple[str, str]]], tmp_path: Path) -> None:
+    store, pointers = grown
+    point(store, CURRENT=pointers[1][1])
+    with pytest.raises(Corrupt, match="was sealed since"):
+        copy(store, a_store(tmp_path / "t"))
+    assert copy(store, a_store(tmp_path / "t"), trusted=pointers[1][1]).sealed == pointers[1][1]
 
 
 @pytest.mark.parametrize("back", [False, True])

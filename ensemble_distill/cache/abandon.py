@@ -27,7 +27,7 @@ def abandon(store: Store) -> list[str]:
     with at_work(store.storage, "abandon") as lease:
         leases = Leases(lease_storage(store.storage))
         current, digest, sealed = _sealed(store)
-        if later := put_back(store):
+        if (later := put_back(store)) and later.whole:
             raise Mismatch(
                 f"{store.root}: what was appended is complete, and was sealed as {later.digest}",
                 hint=f"put that in force: ensemble-distill repair {store.root}",
@@ -42,6 +42,8 @@ def abandon(store: Store) -> list[str]:
         refuse_others(store, leases, lease)
         if store.current() != current or not store.storage.swap("PLAN", f"{held}\n".encode(), f"{digest}\n".encode()):
             raise Mismatch(f"{store.root} was changed by somebody else meanwhile", hint="run the same command again")
+        while (later := put_back(store)) is not None and not later.whole:
+            store.storage.remove(f"manifests/{later.digest}.json")  # what it lists is not there any more
     return units
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, plan_in_force
+from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Calibration
 from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
 from ensemble_distill.fingerprint import KEY_BYTES
@@ -16,7 +17,7 @@ from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.leases import at_work
 from ensemble_distill.store.records import Commit, Manifest
-from ensemble_distill.store.store import Store
+from ensemble_distill.store.store import MEND, Store
 
 
 @dataclass
@@ -75,6 +76,8 @@ class _Origin:
         self.store = store
         self.plan, self.digest = plan_in_force(store)
         current = trusted or store.current()
+        if trusted is None and (later := put_back(store)) is not None and later.whole and current is not None:
+            raise Corrupt(f"{store.root}: CURRENT names {current}, and {later.digest} was sealed since", hint=MEND)
         self.manifest = store.manifest(current) if current is not None else None
         if self.manifest is not None and self.manifest.plan != self.digest:
             raise Corrupt(f"{store.root}: its manifest is of another plan than PLAN")

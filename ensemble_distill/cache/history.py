@@ -13,6 +13,7 @@ from ensemble_distill.cache.commits import Commits
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.store.leases import SEALING, Leases, lease_storage
 from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store
 
@@ -33,26 +34,33 @@ class Sealed:
 
 
 def newest(store: Store) -> Sealed | None:
-    """What was sealed last here, as far as it is known; None where nothing is.
+    """What was sealed last here, whole or not, as far as it is known; None where nothing is.
 
     Where CURRENT can be read: what it names, or what was appended to that, one after another. Where it is lost: of all
     manifests whose keys are those that lie here, if all can be read. Raises Corrupt for a plan that is lost, where it
     may be the newest, and for two manifests of which neither has grown out of the other.
     """
-    current = _current(store)  # first: what is sealed from here on may be listed, and is not yet in force
+    known = _line(store, _current(store))
+    last = max(known, key=_age, default=None)
+    same = [sealed for sealed in known if last is not None and sealed.manifest.plan == last.manifest.plan]
+    in_force = (sealed for sealed in same if sealed.digest == _current(store))
+    return next(in_force, None) or next((sealed for sealed in same if is_whole(store, sealed)), last)
+
+
+def _age(sealed: Sealed) -> int:
+    return len(sealed.plan.parents)
+
+
+def _line(store: Store, current: str | None) -> list[Sealed]:
+    """What was sealed at CURRENT and after it; where that is lost, all that was. Each has grown out of another."""
     found, listed = _by_name(store, current)
     if current not in found if current is not None else listed > len(found):
-        return None  # one cannot be read: nothing is known to have come after it
+        return []  # one cannot be read: nothing is known to have come after it
     line = {digest: m for digest, m in found.items() if current is None or current in _ancestors(found, digest)}
     known = [Sealed(digest, m, plan) for digest, m in line.items() if (plan := _plan(store, m.plan)) is not None]
     known = [sealed for sealed in known if current is not None or _is_of(store, sealed)]
-    last = max(known, key=lambda sealed: len(sealed.plan.parents), default=None)
-    _refuse_others(store, line, known, last)
-    if last is None:
-        return None
-    same = [sealed for sealed in known if sealed.manifest.plan == last.manifest.plan]
-    in_force = (sealed for sealed in same if sealed.digest == current)
-    return next(in_force, None) or next((sealed for sealed in same[1:] if is_whole(store, sealed)), same[0])
+    _refuse_others(store, line, known, max(known, key=_age, default=None))
+    return known
 
 
 def _refuse_others(store: Store, line: Mapping[str, Manifest], known: list[Sealed], last: Sealed | None) -> None:
@@ -73,12 +81,34 @@ def _refuse_others(store: Store, line: Mapping[str, Manifest], known: list[Seale
             )
 
 
-def put_back(store: Store) -> Sealed | None:
-    """What was sealed after the manifest that CURRENT names, or is whole where CURRENT is lost; None if all is well."""
-    current, last = _current(store), newest(store)
-    if last is None or last.digest == current or _current(store) != current:  # it moves just now
+@dataclass(frozen=True)
+class Later:
+    """What was sealed after the manifest that CURRENT names: the last of it that is whole, if any is."""
+
+    digest: str
+    whole: bool
+
+
+def put_back(store: Store) -> Later | None:
+    """What should be in force and is not, for CURRENT was lost or put back; None if all is well, as far as is known.
+
+    Nor where somebody seals just now, who writes a manifest before he moves CURRENT.
+    """
+    current = _current(store)  # first: what is sealed from here on may be listed, and is not in force yet
+    line = sorted(_line(store, current), key=_age, reverse=True)
+    own = next((_age(sealed) for sealed in line if sealed.digest == current), -1)
+    after = [sealed for sealed in line if _age(sealed) > own]
+    if not after or _current(store) != current or _seals(store):
         return None
-    return last if current is not None or is_whole(store, last) else None
+    whole = next((sealed for sealed in after if is_whole(store, sealed)), None)
+    if whole is None:
+        return None if current is None else Later(after[0].digest, False)
+    return Later(whole.digest, True)
+
+
+def _seals(store: Store) -> bool:
+    live = Leases(lease_storage(store.storage)).live()
+    return any(item.startswith(f"{SEALING}-") for item in live)
 
 
 def is_whole(store: Store, sealed: Sealed) -> bool:

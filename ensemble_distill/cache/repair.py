@@ -21,6 +21,8 @@ from ensemble_distill.store.store import Store, page_of
 READERS = 4
 # Damage for which units are dropped that are sealed, or of a cache that is not.
 OF_UNITS = ("shard", "commit", "keys")
+# What was in force before, or after.
+NOT_IN_FORCE = ("parent", "later")
 
 
 @dataclass
@@ -116,7 +118,7 @@ def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], ob
     before = mended.files
     if lost := [damage for damage in verdict.damaged if damage.kind in ("plan", "calibration", "orphan")]:
         raise Corrupt(f"{lost[0]}: this cannot be mended", hint=_to_restore(lost[0], store.root))
-    if any(damage.kind not in ("stray", "parent") for damage in verdict.damaged):
+    if any(damage.kind not in ("stray", *NOT_IN_FORCE) for damage in verdict.damaged):
         begin()
     for damage in verdict.damaged:
         if damage.kind == "stray":
@@ -124,8 +126,8 @@ def _mend(store: Store, verdict: Verdict, mended: Mended, begin: Callable[[], ob
                 store.storage.remove(damage.name)
     _drop_units(store, {str(d.unit) for d in verdict.damaged if d.kind == "appended"}, mended)
     # What a manifest was appended to is no part of it: nobody but a copy can restore it.
-    mended.left = [str(damage) for damage in verdict.damaged if damage.kind == "parent"]
-    rest = [damage for damage in verdict.damaged if damage.kind not in ("stray", "appended", "parent")]
+    mended.left = [str(damage) for damage in verdict.damaged if damage.kind in NOT_IN_FORCE]
+    rest = [damage for damage in verdict.damaged if damage.kind not in ("stray", "appended", *NOT_IN_FORCE)]
     if rest:
         # From here on readers are told that the cache is not complete, whatever happens to this process.
         store.storage.remove("CURRENT")
@@ -205,7 +207,7 @@ def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
 def _mend_pointers(store: Store, mended: Mended) -> None:
     """CURRENT and PLAN, where they are lost, damaged or put back, and the cache itself tells what they said."""
     last = newest(store)
-    if (later := put_back(store)) is not None:
+    if (later := put_back(store)) is not None and later.whole:
         store.storage.replace("CURRENT", f"{later.digest}\n".encode())
         mended.restored.append("CURRENT")
     held = _held(store)

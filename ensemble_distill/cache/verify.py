@@ -25,13 +25,15 @@ DeepCheck = Callable[[bytes, Commit, Group, str], None]
 
 
 MOST_DAMAGE = 1000
+ABANDON = "ensemble-distill append --cache {root} --abandon"
 
 
 @dataclass(frozen=True)
 class Damage:
     """One thing that is wrong: the sentence, which kind of file, and the unit that it belongs to, if any.
 
-    kind: plan, calibration (that the plan names), manifest (also CURRENT and pages), parent (of the manifest), keys,
+    kind: plan, calibration (that the plan names), manifest (also CURRENT and pages), parent (of the manifest), later
+    (what was appended to it), keys,
     commit (gone or wrong), commit copy (it differs from the sealed one), shard, appended (any of a unit that is not
     sealed yet), stray (it lies among the commits and is of no unit), orphan (the same, of a plan that is lost). name:
     of these or a calibration, the file. keys: of a page of keys, the SHA-256 that it was committed with.
@@ -156,7 +158,7 @@ def _checks(
     if verdict.sealed:
         yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
     if trusted is None:
-        yield partial(_check, "manifest", None, partial(_newest, store, verdict))
+        yield partial(_check, "later", None, partial(_newest, store, verdict))
     yield from _appended(store, plan, deep)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
@@ -285,10 +287,11 @@ def _newest(store: Store, verdict: Verdict) -> int:
     if (current := store.current()) is None:
         verdict.waiting = later.digest
         return 0
-    raise Corrupt(
-        f"{store.root}: CURRENT names {current}, to which something was appended that was sealed as {later.digest}: "
-        f"`ensemble-distill repair {store.root}` puts it in force"
-    )
+    problem = f"CURRENT names {current}, to which something was appended that was sealed as {later.digest}"
+    if later.whole:
+        raise Corrupt(f"{store.root}: {problem}; `ensemble-distill repair {store.root}` puts it in force")
+    way = "append it again, or give it up: " + ABANDON.format(root=store.root)
+    raise Corrupt(f"{store.root}: {problem}, and is not whole any more; {way}")
 
 
 def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator[Check]:

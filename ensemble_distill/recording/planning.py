@@ -134,7 +134,7 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
             f"{store.root} is not sealed: only to a complete cache can something be appended",
             hint="finish it with `ensemble-distill cache`, and the pipeline that it was begun with",
         )
-    if (later := put_back(store)) is not None:
+    if (later := put_back(store)) is not None and later.whole:
         raise Corrupt(f"{store.root}: CURRENT names {current}, and {later.digest} was sealed since", hint=MEND)
     digest = store.manifest(current).plan
     base = store.plan(digest, Plan)
