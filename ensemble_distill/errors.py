@@ -6,7 +6,7 @@
     ├── Corrupt           4   bytes that are not what was committed
     ├── Unsafe            5   refused: following it could harm the reader
     ├── StorageError      6   full, I/O, permission
-    ├── InvalidOutput     7   a teacher said something that is no distribution
+    ├── InvalidOutput     7   a teacher said something that is no distribution, or nothing steady
     ├── OutOfMemory       8   host or device
     └── Interrupted      75   stopped; the same command goes on
 

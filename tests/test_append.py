@@ -176,7 +176,7 @@ SPY = """
 
 class Spy(Net):
     def forward(self, image):
-        if self._who != "c" and len(image) > 2:
+        if self._who != "c" and len(image) > 4:
             raise RuntimeError("asked again")
         return super().forward(image)
 
@@ -186,7 +186,7 @@ class Spy(Net):
 
 def spy(name):
     net = Spy(48)
-    net._who = name  # attributes with an underscore are none
+    net._who = name  # words in attributes with an underscore are none
     return net
 """
 

@@ -433,9 +433,24 @@ def last_row(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.cat([images[:-1] + 1, images[-1:]])
 
 
+class Buffered:
+    """A transform that answers in buffers of its own, one after another."""
+
+    def __init__(self, count: int) -> None:
+        self.held, self.next = {}, itertools.cycle(range(count))
+
+    def __call__(self, images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        place = (next(self.next), images.shape, images.dtype)
+        out = self.held.setdefault(place, torch.empty_like(images))
+        return torch.add(images, (u[:, :1, None, None] * 9).to(images.dtype), out=out)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
+        (Buffered(1), "writes into the images that it gave before"),
+        (Buffered(2), "writes into the images that it gave before"),
+        (Buffered(3), "writes into the images that it gave before"),
         (lambda x, u: x + torch.randint_like(x, 2), "rendered again"),
         (counting, "rendered again"),
         (by_the_batch, "rendered alone than in its batch"),

@@ -36,6 +36,7 @@ from ensemble_distill.mixture import Mixture
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
+from ensemble_distill.sources.loading import check_source, load
 from ensemble_distill.sources.mixing import Partners, mixed
 from ensemble_distill.sources.views import AUDIT_ROWS, audited, render
 from ensemble_distill.store.caching import CachedStorage
@@ -95,6 +96,7 @@ class Cache:
         self._views_checked: set[str] = set()
         self._sources: Mapping[str, Source] = {}
         self._labels: dict[str, np.ndarray] = {}  # by split, where they are proved to be the captured ones: by row
+        self._sources_checked: set[tuple[str, int]] = set()
 
     def mixed(self, ensemble: EnsembleConfig) -> Cache:
         """The same cache, whose members are combined as ``ensemble`` says; nothing is read for it.
@@ -284,6 +286,9 @@ class Cache:
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
         self._know_labels(source, split)
         view = epoch % min(views or self.parts[split].views, self.parts[split].views)
+        if (split, id(source)) not in self._sources_checked:
+            check_source(source, split)
+            self._sources_checked.add((split, id(source)))
         if view > 0 and split not in self._views_checked:
             self.check_views(source, split)
         order = self.positions(source, split)
@@ -409,7 +414,7 @@ class Cache:
         table, positions = self.table(split), self.positions(source, split)
         for first in range(0, len(positions), batch_size):
             index = positions[first : first + batch_size]
-            keys = source.load(index).keys
+            keys = load(source, index)[1]
             yield index, keys, table.rows(keys, index)
 
     def _batch(self, source: Source, index: np.ndarray, split: str, view: int, taps: tuple[str, ...]) -> Batch:
@@ -542,10 +547,9 @@ def _open_part(store: Store, memory: int, allowed: bool) -> Cache:
 
 def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:
     """Inputs by name [B, ...], labels int64 [B] or None, and keys uint8 [B, 16] of the samples at ``index``."""
-    loaded = source.load(index)
-    inputs = {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
+    inputs, keys = load(source, index)
     labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-    return inputs, labels, loaded.keys
+    return inputs, labels, keys
 
 
 def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfig, view: int) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def command(
     from ensemble_distill.cli.reading import opened
     from ensemble_distill.device import devices
     from ensemble_distill.ensemble.ensemble import Ensemble
-    from ensemble_distill.ensemble.members import load_member
+    from ensemble_distill.ensemble.members import load_members
     from ensemble_distill.errors import Corrupt
     from ensemble_distill.recording.audit import audit, check_members
 
@@ -55,7 +55,7 @@ def command(
     cache = opened(cache_path, reading)
     data, config = loaded.data(), overridden(loaded.cache(), settings)
     cache.check(data)
-    members = [load_member(member) for member in config.members]
+    members = load_members(config.members)
     check_members(cache.plan, members, config)
     ensemble = Ensemble(members, config, len(data.classes), on, cache.plan.capture.precision)
     with console.live():

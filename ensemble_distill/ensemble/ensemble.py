@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ensemble_distill.config import CacheConfig, Gives, Precision
 from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
 from ensemble_distill.ensemble.distributions import InvalidRow, Stated, refuse_probabilities, stated
 from ensemble_distill.ensemble.members import Loaded
+from ensemble_distill.ensemble.steady import check_steady
 from ensemble_distill.ensemble.tapped import Tapped
 from ensemble_distill.ensemble.visit import settle, visit
 from ensemble_distill.errors import InvalidOutput, UsageError
@@ -50,7 +51,8 @@ class Ensemble:
     """Members placed round-robin over the devices; kernels of different devices run at the same time.
 
     One at a time, if so configured: then each is on its device only while it runs, with the same result.
-    Callables that are no modules get their inputs on the CPU. gives: what each member tells apart, once ``look`` saw.
+    Each gets inputs of its own; callables that are no modules get them on the CPU. gives: what each member tells apart,
+    once ``look`` saw.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Ensemble:
         said, raw = self._forward(inputs, which)
         features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
         first = self.devices[0]
-        logits = {self.names[i]: s.logits.to(first) / self.temperatures[i] for i, s in zip(which, said, strict=True)}
+        logits = {self.names[i]: s.logits.to(first) for i, s in zip(which, said, strict=True)}
         features = {name: f.to(first) for name, f in features.items()}
         known = self._known(said, list(logits))
         return Ran(logits, features, self._tapped.masks(inputs, features), known)
@@ -140,14 +142,19 @@ class Ensemble:
         return combined, members
 
     def look(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The taps of a few rows, to learn their shapes; from then on these, and what each ``gives``, are fixed."""
-        said, raw = self._forward(inputs)
-        for name, s in zip(self.names, said, strict=True):
-            refuse_probabilities(f"member {name!r}", s.logits)
+        """The taps of the first two rows, to learn their shapes; these, and what each ``gives``, are fixed then.
+
+        InvalidOutput for a member that says something else of them again, or when two more are in the batch.
+        """
+        few = {name: x[:2] for name, x in inputs.items()}
+        said, raw = self._forward(few)
+        for name, s, temperature in zip(self.names, said, self.temperatures, strict=True):
+            refuse_probabilities(f"member {name!r}", s.logits * temperature)
         self.gives = [s.gives for s in said]
-        features = self._tapped.kept(raw, len(next(iter(inputs.values()))))
-        self._tapped.masks(inputs, features)  # what is no mask is refused before anything is captured
+        features = self._tapped.kept(raw, len(next(iter(few.values()))))
+        self._tapped.masks(few, features)  # what is no mask is refused before anything is captured
         self._tapped.expect(features)
+        check_steady(self.names, self.modules, said, lambda rows: self._forward(_rows(inputs, rows))[0])
         return features
 
     def distortions(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
@@ -160,14 +167,16 @@ class Ensemble:
     def _forward(
         self, inputs: Mapping[str, Tensor], which: Sequence[int] | None = None
     ) -> tuple[list[Stated], dict[str, Tensor]]:
-        """What the members (by default all) say of a batch, and their taps."""
+        """What the members (by default all) say of a batch, each at its own temperature, and their taps."""
         rows = len(next(iter(inputs.values())))
         copies: dict[torch.device, list[Tensor]] = {}
         said: list[Stated] = []
         features: dict[str, Tensor] = {}
         for i in range(len(self.modules)) if which is None else which:
             output, tapped = self._run(i, inputs, copies)
-            said.append(stated(f"member {self.names[i]!r}", output, rows, self.classes))
+            of_batch = stated(f"member {self.names[i]!r}", output, rows, self.classes)
+            # The quotient is a copy: another member, or the next batch, may be answered in the same buffer.
+            said.append(replace(of_batch, logits=of_batch.logits / self.temperatures[i]))
             features |= tapped
             if self.gives is not None and said[-1].gives != self.gives[i]:
                 raise InvalidOutput(
@@ -183,12 +192,12 @@ class Ensemble:
         """What a member returns, and its taps. ``copies``: the inputs by device, which are added to."""
         name, module, device = self.names[i], self.modules[i], self.devices[i]
         if not isinstance(module, nn.Module):
-            return module(*inputs.values()), {}
+            return module(*_own(inputs.values())), {}
         if device not in copies:
             copies[device] = [upload(x, device) for x in inputs.values()]
         there = visit(module, device) if self.config.one_at_a_time else nullcontext()
         with there, autocast(device, self.precision), self._taps[name].watch() as tapped:
-            output: object = module(*copies[device])
+            output: object = module(*_own(copies[device]))
         return output, tapped
 
     def _known(self, said: Sequence[Stated], names: Sequence[str]) -> Tensor | None:
@@ -208,6 +217,20 @@ class Ensemble:
                 hint='lower the codec\'s k, or let members list more, or set tail="uniform"',
             )
         return known
+
+
+def _rows(inputs: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    """These rows of the inputs, in this order; those that there are."""
+    return {name: x[[row for row in rows if row < len(x)]] for name, x in inputs.items()}
+
+
+def _own(inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Copies: a member may work in place on what it is given, and on a CPU that is the source's memory.
+
+    Ordinary tensors, which may be changed on any thread.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return [x.clone() for x in inputs]
 
 
 def _check(name: str, logprobs: Tensor) -> None:

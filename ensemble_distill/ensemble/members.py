@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ensemble_distill.config import Member
+from ensemble_distill.ensemble.identity import state_digest, structure_digest
 from ensemble_distill.errors import UsageError
-from ensemble_distill.fingerprint import sha256
 from ensemble_distill.weights import load_weights
 
-PLAIN = (bool, int, float, str)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,49 @@ class Loaded:
     structure: str | None
 
 
+def load_members(members: Sequence[Member]) -> list[Loaded]:
+    """All members, one after another; raises what ``load_member`` does.
+
+    Members may share parts that say the same for both. UsageError where loading one changed another.
+    """
+    loaded = [load_member(member) for member in members]
+    for i, member in enumerate(loaded):
+        _check_unchanged(member, loaded[i + 1 :])
+    _warn_of_twins(loaded)
+    return loaded
+
+
+def _warn_of_twins(loaded: Sequence[Loaded]) -> None:
+    """Several of one kind are allowed, and more often a lambda in a loop, which builds what the last round named."""
+    named: dict[tuple[str | None, str | None], list[str]] = {}
+    for member in loaded:
+        named.setdefault((member.weights, member.structure), []).append(repr(member.config.name))
+    for who, names in named.items():
+        if len(names) > 1 and who != (None, None):
+            log.warning("members %s have the same weights and structure (in a loop: lambda i=i: …)", ", ".join(names))
+
+
+def _check_unchanged(member: Loaded, later: Sequence[Loaded]) -> None:
+    """UsageError where a member shares parts with a later one and is no longer what it was when it was loaded."""
+    module = member.module
+    if not isinstance(module, nn.Module):
+        return
+    parts = _parts(module)
+    sharing = [m.config.name for m in later if isinstance(m.module, nn.Module) and parts & _parts(m.module)]
+    if sharing and (state_digest(module), structure_digest(module)) != (member.weights, member.structure):
+        raise UsageError(
+            f"members {member.config.name!r} and {sharing[0]!r} share parts, and what was loaded later changed "
+            f"{member.config.name!r}",
+            hint="let build() make a module of its own each time that it is called, not one that is cached or global",
+        )
+
+
+def _parts(module: nn.Module) -> set[int]:
+    """Where the parts of a module and the values of its weights and buffers lie in memory."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return {id(part) for part in module.modules()} | {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+
+
 def load_member(member: Member) -> Loaded:
     """Build and load one member, on the CPU, in eval mode.
 
@@ -44,8 +86,20 @@ def load_member(member: Member) -> Loaded:
         return Loaded(member, module, None, None)
     if member.weights is not None:
         load_weights(f"member {member.name!r}", module, member.weights, "build()")
-    module.eval().requires_grad_(False)
+    _check_values(member, module)
+    module.eval()  # not chained: a train() of the user's own may return nothing
+    module.requires_grad_(False)
     return Loaded(member, module, state_digest(module), structure_digest(module))
+
+
+def _check_values(member: Member, module: nn.Module) -> None:
+    """UsageError for weights that have no values: of lazy modules that saw no batch, or on the meta device."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor) or tensor.is_meta:
+            raise UsageError(
+                f"member {member.name!r}: {name} has no values",
+                hint="give the member weights, or let build() run a lazy module once on a batch",
+            )
 
 
 def _check_callable(member: Member, function: object) -> None:
@@ -59,49 +113,3 @@ def _check_callable(member: Member, function: object) -> None:
             f"member {name}: build() gave a {kind}, and no hash can tell whether another run would call the same",
             hint="say who answers: Member(…, version='name and version of the served model')",
         )
-
-
-def structure_digest(module: nn.Module) -> str:
-    """SHA-256 over what a module prints and the attributes of its parts: scales, means, switches, tables of these.
-
-    The code of ``forward`` is not covered: no hash of it is the same on two machines.
-    """
-    attributes = [
-        f"{path}.{name}={said}"
-        for path, part in module.named_modules()
-        for name, value in sorted(vars(part).items())
-        if not name.startswith("_") and name != "training" and (said := _said(value)) is not None
-    ]
-    return sha256("\n".join([repr(module), *attributes]).encode())
-
-
-def _said(value: object) -> str | None:
-    """What an attribute says of a module, as text; None for what is no value: functions, other objects, None."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, torch.Tensor):
-        h = hashlib.sha256()
-        _hash(h, "", value)
-        return h.hexdigest()
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_said(child)}" for key, child in value.items()) + "}"
-    if isinstance(value, (list, tuple)) and not all(isinstance(child, PLAIN) for child in value):
-        return "[" + ", ".join(str(_said(child)) for child in value) + "]"
-    return repr(value) if isinstance(value, (*PLAIN, list, tuple)) else None
-
-
-def state_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a module's state, and of buffers that are no part of it."""
-    h, state = hashlib.sha256(), module.state_dict()
-    for name, tensor in sorted(state.items()):
-        _hash(h, name, tensor)
-    for name, tensor in sorted(module.named_buffers(remove_duplicate=False)):
-        if name not in state:
-            _hash(h, f"buffer {name}", tensor)
-    return h.hexdigest()
-
-
-def _hash(h: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    tensor = tensor.detach().cpu().contiguous()
-    h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-    h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -35,7 +35,7 @@ from ensemble_distill.config import CacheConfig, DataConfig, Precision, differen
 from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
-from ensemble_distill.ensemble.members import load_member
+from ensemble_distill.ensemble.members import load_members
 from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.phase import Report, silent
@@ -44,6 +44,7 @@ from ensemble_distill.recording.growing import grown
 from ensemble_distill.recording.tail import resolved_tail
 from ensemble_distill.recording.taps import feature_codec
 from ensemble_distill.sources.arrays import Source, check_label_range
+from ensemble_distill.sources.loading import check_source, load
 from ensemble_distill.sources.views import check_deterministic
 from ensemble_distill.store.leases import PLANNING, Leases, at_work
 from ensemble_distill.store.store import MEND, Store
@@ -246,7 +247,7 @@ def load_pieces(
     """
     _check(data, config, sources)
     _check_views(data, config, sources)
-    members = [load_member(member) for member in config.members]
+    members = load_members(config.members)
     ensemble = Ensemble(members, config, len(data.classes), devices)
     probe = _probe(sources)
     taps, distortions = _taps(ensemble, probe, config)
@@ -369,6 +370,18 @@ def _check(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source])
         if len(source) == 0:
             raise UsageError(f"source {name!r} is empty")
         check_label_range(source, name, len(data.classes))
+    _check_inputs({name: check_source(source, name) for name, source in sources.items()})
+
+
+def _check_inputs(names: Mapping[str, tuple[str, ...]]) -> None:
+    """UsageError for a split with other inputs than the first, or in another order: members are called with them so."""
+    first, expected = next(iter(names.items()))
+    for split, found in names.items():
+        if found != expected and max(len(found), len(expected)) > 1:
+            raise UsageError(
+                f"the source {split!r} gives the inputs {', '.join(found)}, and {first!r} {', '.join(expected)}",
+                hint="give the same in all, in one order: a module is called with them one after another",
+            )
 
 
 def _check_views(data: DataConfig, config: CacheConfig, sources: Mapping[str, Source]) -> None:
@@ -392,16 +405,16 @@ def _rows(name: str, source: Source, views: int) -> Split:
 
 def _probe(sources: Mapping[str, Source]) -> dict[str, Tensor]:
     source = next(iter(sources.values()))
-    loaded = source.load(np.arange(min(PROBE_ROWS, len(source))))
-    return {name: torch.from_numpy(array) for name, array in loaded.inputs.items()}
+    inputs, _ = load(source, np.arange(min(PROBE_ROWS, len(source))))
+    return inputs
 
 
 def _taps(
     ensemble: Ensemble, probe: Mapping[str, Tensor], config: CacheConfig
 ) -> tuple[dict[str, Features], dict[str, float]]:
-    """The codec of each tap, by field, from two rows; and what projections do to distances, from all."""
+    """The codec of each tap, by field, from the first rows; and what projections do to distances, from all."""
     try:
-        features = ensemble.look({name: x[:2] for name, x in probe.items()})
+        features = ensemble.look(probe)
         distortions = ensemble.distortions(probe)
     except InvalidRow as error:
         message = f"{error} for sample {error.row} of the first source; nothing is committed"

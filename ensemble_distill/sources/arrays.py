@@ -22,7 +22,10 @@ class Loaded:
 
 @runtime_checkable
 class Source(Protocol):
-    """What a dataset must offer. ``load`` must hash what it returns in the same call: the key is the proof."""
+    """What a dataset must offer. ``load`` must hash what it returns in the same call: the key is the proof.
+
+    What it returned it must not write into again, for batches are read ahead of the one that is used.
+    """
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -77,8 +80,13 @@ class Limited:
 
 
 def check_label_range(source: Source, split: str, classes: int) -> None:
-    """Refuse labels that name no class (Mismatch)."""
+    """Refuse labels that name no class (Mismatch), or of which a sample has several (UsageError)."""
     labels = source.labels
+    if labels is not None and labels.ndim != 1:
+        raise UsageError(
+            f"source {split!r} has labels of shape {list(labels.shape)}, expected one class number a sample",
+            hint="of one-hot rows: labels.argmax(axis=1)",
+        )
     if labels is None or len(labels) == 0 or (labels.min() >= 0 and labels.max() < classes):
         return
     raise Mismatch(

@@ -23,6 +23,7 @@ from torch import Tensor
 from ensemble_distill.config import Mixup, ViewsConfig
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.loading import load
 from ensemble_distill.sources.pixels import mixup
 from ensemble_distill.sources.views import draw, render
 
@@ -62,8 +63,8 @@ def mixed(
         )
     u = draw(keys, (views.seed + _STREAM) & 0xFFFFFFFF, view, _SLOTS)
     index = partner_rows(u[:, 0], u[:, 1], rows)
-    loaded = source.load(index)
-    others = render(torch.from_numpy(loaded.inputs[views.input]), loaded.keys, views, view)
+    loaded, partner_keys = load(source, index)
+    others = render(loaded[views.input], partner_keys, views, view)
     images = _fitting(inputs[views.input], others, views)
     lam = beta(u[:, 2], u[:, 3], views.mix.alpha)
     if isinstance(views.mix, Mixup):
@@ -71,7 +72,7 @@ def mixed(
     else:
         images, lam = cutmix(images, others, lam, u[:, 4], u[:, 5])
     labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-    return inputs | {views.input: images}, Partners(index, loaded.keys, labels, torch.from_numpy(lam))
+    return inputs | {views.input: images}, Partners(index, partner_keys, labels, torch.from_numpy(lam))
 
 
 def _fitting(images: Tensor, others: Tensor, views: ViewsConfig) -> Tensor:

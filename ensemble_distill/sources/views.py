@@ -35,6 +35,7 @@ from ensemble_distill.sources.pixels import color_jitter, resized_crop, rotate
 
 MAX_SLOTS = 1024
 ALONE_ROWS = 8
+OTHER_CALLS = 3
 AUDIT_ROWS = 4
 AUDIT_CELLS = 8
 AUDIT_CHANNELS = 64
@@ -164,14 +165,21 @@ def check_deterministic(images: Tensor, keys: np.ndarray, config: ViewsConfig) -
     """Refuse a transform that is no pure function of (row, draws), found by rendering view 1 more than once.
 
     Raises UsageError naming the first transform whose output differs, in any bit, between two renderings of the same
-    rows, or between a row in its batch and alone (a few rows are tried); or that changes the images it is given.
+    rows, or between a row in its batch and alone (a few rows are tried); or that changes the images it is given, or
+    those that it gave before.
     """
     _check_shape(images, config)
     for transform, u in _drawn(keys, config, 1) if config.transforms else ():
         before = images.clone()
-        once, again = _apply(transform, images, u), _apply(transform, images, u)
+        once = _apply(transform, images, u)
+        given = once.clone()
+        again = _apply(transform, images, u)
+        for _ in range(OTHER_CALLS):
+            _apply(transform, images.flip(0), u.flip(0))
         if not _same_bits(images, before):
             problem = "changes the images that it is given"
+        elif not _same_bits(once, given):
+            problem = "writes into the images that it gave before, and batches are read ahead of the one that is used"
         elif not _same_bits(once, again):
             problem = "gives other pixels when the same rows are rendered again"
         elif any(not _same_bits(_apply(transform, images[r], u[r]), once[r]) for r in _some_rows(len(images))):
