@@ -483,8 +483,16 @@ def test_members_in_turn_need_the_memory_of_one() -> None:
 
 
 def test_probabilities_are_not_taken_for_logits() -> None:
-    logits = torch.randn(5, 4)
-    with pytest.raises(UsageError, match="which are probabilities; expected logits"):
-        ensemble({"a": lambda x: logits.softmax(1)[: len(x)]}, 4).look({"x": torch.zeros(5, 1)})
-    for said in (lambda x: logits[: len(x)], lambda x: ed.LogProbs(logits[: len(x)].log_softmax(1))):
-        ensemble({"a": said}, 4).look({"x": torch.zeros(5, 1)})
+    look = {"x": torch.randn(5, 3)}
+    weights = torch.randn(3, 4)
+    for temperature in (1.0, 3.0):
+        with pytest.raises(UsageError, match="which are probabilities; expected logits"):
+            member = ensemble({"a": lambda x: (x @ weights).softmax(1)}, 4)
+            member.temper([temperature], 1.0)
+            member.look(look)
+    for said in (
+        lambda x: x @ weights,
+        lambda x: (x @ weights).sigmoid(),
+        lambda x: ed.LogProbs((x @ weights).log_softmax(1)),
+    ):
+        ensemble({"a": said}, 4).look(look)

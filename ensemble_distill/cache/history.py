@@ -131,8 +131,9 @@ def _is_of(store: Store, sealed: Sealed) -> bool:
 
 def _pages_of_keys(sealed: Sealed, commits: Commits) -> Iterator[tuple[WorkItem, Commit]]:
     """Each page of keys, by the item of the first view, and a commit that names it."""
-    for item in sealed.plan.items():
-        if item.view == 0:
+    for name, split in sorted(sealed.plan.splits.items()):
+        for page in range(split.pages):
+            item = WorkItem(name, 0, page, *split.span(page))
             yield item, commits.get(item, sealed.plan.groups[0])
 
 
