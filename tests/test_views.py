@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import re
 from pathlib import Path
 from types import ModuleType
@@ -433,6 +434,12 @@ def last_row(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.cat([images[:-1] + 1, images[-1:]])
 
 
+def seeding(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The same each time, for it seeds; and a student's dropout draws in between."""
+    torch.manual_seed(5)
+    return images + torch.randint_like(images, 2)
+
+
 class Buffered:
     """A transform that answers in buffers of its own, one after another."""
 
@@ -451,7 +458,10 @@ class Buffered:
         (Buffered(1), "writes into the images that it gave before"),
         (Buffered(2), "writes into the images that it gave before"),
         (Buffered(3), "writes into the images that it gave before"),
-        (lambda x, u: x + torch.randint_like(x, 2), "rendered again"),
+        (lambda x, u: x + torch.randint_like(x, 2), "draws from a generator of the whole process"),
+        (seeding, "draws from a generator of the whole process, or seeds it"),
+        (lambda x, u: x + random.randrange(2), "draws from a generator"),
+        (lambda x, u: x + np.random.randint(2), "draws from a generator"),  # noqa: NPY002
         (counting, "rendered again"),
         (by_the_batch, "rendered alone than in its batch"),
         (last_row, "rendered alone than in its batch"),
@@ -505,7 +515,7 @@ def test_nothing_is_written_where_a_transform_draws_by_chance(teachers: Path, tm
     data, store = with_views(pipeline, noise), open_store(tmp_path / "cache", create=True)
     before = sorted(p.name for p in (tmp_path / "cache").rglob("*"))
     arguments = (data.sources, store, Leases(store.storage), [torch.device("cpu")])
-    with pytest.raises(UsageError, match="custom 'noise' gives other pixels"):
+    with pytest.raises(UsageError, match="custom 'noise' draws from a generator"):
         prepare(data, pipeline.cache(), *arguments)
     assert sorted(p.name for p in (tmp_path / "cache").rglob("*")) == before
     one_view = pipeline.cache().model_copy(update={"views": 1})  # of which the transforms draw nothing

@@ -10,6 +10,7 @@ Shapes: images [B, C, H, W] (any dtype), keys uint8 [B, 16], draws float64 [B, D
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -166,11 +167,11 @@ def check_deterministic(images: Tensor, keys: np.ndarray, config: ViewsConfig) -
 
     Raises UsageError naming the first transform whose output differs, in any bit, between two renderings of the same
     rows, or between a row in its batch and alone (a few rows are tried); or that changes the images it is given, or
-    those that it gave before.
+    those that it gave before; or that draws from a generator of the whole process, or seeds it, as others do meanwhile.
     """
     _check_shape(images, config)
     for transform, u in _drawn(keys, config, 1) if config.transforms else ():
-        before = images.clone()
+        before, generators = images.clone(), _generators()
         once = _apply(transform, images, u)
         given = once.clone()
         again = _apply(transform, images, u)
@@ -180,6 +181,8 @@ def check_deterministic(images: Tensor, keys: np.ndarray, config: ViewsConfig) -
             problem = "changes the images that it is given"
         elif not _same_bits(once, given):
             problem = "writes into the images that it gave before, and batches are read ahead of the one that is used"
+        elif generators != _generators():
+            problem = "draws from a generator of the whole process, or seeds it"
         elif not _same_bits(once, again):
             problem = "gives other pixels when the same rows are rendered again"
         elif any(not _same_bits(_apply(transform, images[r], u[r]), once[r]) for r in _some_rows(len(images))):
@@ -192,6 +195,12 @@ def check_deterministic(images: Tensor, keys: np.ndarray, config: ViewsConfig) -
             hint="it must be a function of each image and its draws u alone: no random numbers of its own, "
             "nothing of the other rows, nothing in place",
         )
+
+
+def _generators() -> tuple[object, ...]:
+    """The states of the generators that all of a process shares."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - a transform may use it nevertheless
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), name, np.asarray(keys).tobytes(), *rest
 
 
 def _some_rows(size: int) -> list[slice]:
