@@ -249,7 +249,7 @@ def test_chance_on_the_command_line_is_refused_before_anything_is_written(cli: C
     cli.change("(ed.Crop(padding=1),)", "(ed.Custom(name='noise', slots=0, function=noise),)")
     cli.change("def data():", "def noise(x, u):\n    return x + torch.randint_like(x, 3)\n\n\ndef data():")
     process = cli("cache", "digits.py", "--out", "cache", code=2)
-    assert "the transform custom 'noise' gives other pixels when the same rows are rendered again" in process.stderr
+    assert "the transform custom 'noise' draws from a generator of the whole process, or seeds it" in process.stderr
     assert "no random numbers of its own" in process.stderr
     assert not [path for path in (cli.folder / "cache").rglob("*") if path.is_file()]
 
