@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 import fashion_mnist
-from ensemble_distill.cache.cache import open_cache, read
+from ensemble_distill.cache.opening import open_cache
+from ensemble_distill.cache.samples import read
 from ensemble_distill.device import devices, place
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.losses import hard_labels, soft_targets

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ensemble_distill.cache.cache import Batch, Cache, open_cache
+    from ensemble_distill.cache.cache import Batch, Cache
+    from ensemble_distill.cache.opening import open_cache
     from ensemble_distill.codec import Dense, Members, Sampled, TopK, VarOpt
     from ensemble_distill.config import (
         CacheConfig,
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
 
 # Names are imported when they are used, so that `import ensemble_distill` does not import torch.
 _HOMES = {
-    "cache.cache": ("Batch", "Cache", "open_cache"),
+    "cache.cache": ("Batch", "Cache"),
+    "cache.opening": ("open_cache",),
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
         "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "EnsembleConfig", "Erase",

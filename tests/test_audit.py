@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 import ensemble_distill as ed
 from ensemble_distill.cache import cache as reading
-from ensemble_distill.cache.cache import renderings
 from ensemble_distill.cache.plan import Capture, Plan
 from ensemble_distill.cache.renderings import Rendering
+from ensemble_distill.cache.samples import renderings
 from ensemble_distill.config import Mixup
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.fingerprint import canonical_json

@@ -18,8 +18,8 @@ from conftest import Cli, load_module
 from torch import nn
 
 import ensemble_distill as ed
-from ensemble_distill.cache.cache import render_inputs
 from ensemble_distill.cache.commits import held_plan
+from ensemble_distill.cache.samples import render_inputs
 from ensemble_distill.config import CacheConfig, DataConfig, OptimizerConfig, ScheduleConfig, ViewsConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member, structure_digest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import a_plan, keys_of, put_item, rows_of
 
-from ensemble_distill.cache.cache import open_cache
+from ensemble_distill.cache.opening import open_cache
 from ensemble_distill.cache.plan import WorkItem
 from ensemble_distill.errors import Corrupt, Error, Mismatch
 from ensemble_distill.recording.seal import seal

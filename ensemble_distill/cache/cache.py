@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +14,19 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.audit import comparable, refuse_other_pixels
-from ensemble_distill.cache.commits import Commits, committed_units, held_plan, missing
+from ensemble_distill.cache.commits import Commits
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.labels import in_captured_order, other_label
-from ensemble_distill.cache.partial import LooseCommits, Part, part_digest, usable, whole
+from ensemble_distill.cache.partial import LooseCommits, Part
 from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name, padded_arrays
-from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.rows import Rows
+from ensemble_distill.cache.samples import read, render_inputs, renderings
 from ensemble_distill.codec import Features, HeadCodec, Members, TopK
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.features import mask_of
 from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
-from ensemble_distill.config import DataConfig, EnsembleConfig, ViewsConfig, difference, suggestion
+from ensemble_distill.config import DataConfig, EnsembleConfig, difference, suggestion
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.fingerprint import KEY_BYTES, array_digest
 from ensemble_distill.mixture import Mixture
@@ -38,14 +35,11 @@ from ensemble_distill.prefetch import prefetch
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.loading import check_source, load
 from ensemble_distill.sources.mixing import Partners, mixed
-from ensemble_distill.sources.views import AUDIT_ROWS, audited, render
-from ensemble_distill.store.caching import CachedStorage
 from ensemble_distill.store.records import Manifest
-from ensemble_distill.store.store import Store, open_store, trust
+from ensemble_distill.store.store import Store
 from ensemble_distill.targets import Targets
 
 MIN_KEYS = 128 << 20
-COPIES_SIZE = 10_000_000_000
 log = logging.getLogger(__name__)
 
 
@@ -485,97 +479,3 @@ class Cache:
             head: {name: torch.from_numpy(records[field_name(head, name)]) for name in padded_arrays(codec)}
             for head, codec in group.codecs.items()
         }
-
-
-def open_cache(
-    path: str | Path,
-    *,
-    memory: int | None = None,
-    expect_digest: str | None = None,
-    copies: str | Path | None = None,
-    copies_size: int = COPIES_SIZE,
-    allow_partial: bool = False,
-    manifest: str | None = None,
-) -> Cache:
-    """Open a cache for reading: a directory, or a bucket (s3://…, gs://…).
-
-    ``memory``: bytes of rows to keep at most (default: a quarter of the machine's). ``expect_digest``: the
-    manifest digest that you trust; Mismatch if the cache has another one. ``copies``: a folder for copies of what
-    is read from a bucket, at most ``copies_size`` bytes, which processes may share. ``allow_partial``: open what is
-    committed of a cache that is not complete. ``manifest``: the digest of one that was in force before, such as that of
-    a cache before something was appended to it. Raises UsageError (no directory), Mismatch (no cache, or not complete),
-    Corrupt (bytes that are not what was committed).
-    """
-    store = open_store(path)
-    if copies is not None:
-        store = Store(CachedStorage(store.storage, copies, copies_size))
-    memory = memory or _quarter_of_memory()
-    digest = trust(store, expect_digest) if manifest is None else _earlier(store, manifest, expect_digest)
-    if digest is None:
-        return _open_part(store, memory, allow_partial)
-    sealed = store.manifest(digest)
-    plan = store.plan(sealed.plan, Plan)
-    commits = Commits(store, plan, sealed)
-    return Cache(store, plan, commits, whole(plan), memory, digest=digest, content_digest=sealed.content_digest)
-
-
-def _earlier(store: Store, manifest: str, expected: str | None) -> str:
-    """The digest of a manifest that the caller names, which need not be in force."""
-    if not re.fullmatch("[0-9a-f]{64}", manifest) or store.storage.size(f"manifests/{manifest}.json") is None:
-        raise Mismatch(f"{store.root} holds no manifest {manifest[:64]!r}", hint="`inspect` shows the digest in force")
-    if expected not in (None, manifest):
-        raise Mismatch(
-            f"{store.root}: manifest {manifest} is opened, and {expected} is expected",
-            hint="expect the digest that --manifest names, or that the run was trained from",
-        )
-    return manifest
-
-
-def _open_part(store: Store, memory: int, allowed: bool) -> Cache:
-    """What is committed of a cache that is not sealed; Mismatch unless that is ``allowed`` and there is something."""
-    plan = held_plan(store)
-    done = committed_units(store, plan)
-    parts = usable(plan, done)
-    if not allowed or not parts:
-        raise Mismatch(
-            f"{store.root} is not complete: {done.sum()}/{plan.units} units committed{missing(plan, done)}",
-            hint="run the same `ensemble-distill cache` command again: it goes on where it stopped",
-        )
-    commits = LooseCommits(store, plan, str(store.plan_digest()))
-    return Cache(store, plan, commits, parts, memory, digest="", content_digest=part_digest(plan, parts, commits))
-
-
-def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:
-    """Inputs by name [B, ...], labels int64 [B] or None, and keys uint8 [B, 16] of the samples at ``index``."""
-    inputs, keys = load(source, index)
-    labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-    return inputs, labels, keys
-
-
-def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfig, view: int) -> dict[str, Tensor]:
-    """A batch as the teachers and the student see it: view 0 is the sample as it is, the others are drawn."""
-    if view == 0 or views.plain:
-        return inputs
-    return inputs | {views.input: render(viewed(inputs, views), keys, views, view)}
-
-
-def renderings(source: Source, views: ViewsConfig, numbers: Iterable[int], rows: int) -> tuple[Rendering, ...]:
-    """The first samples in these views as teachers and students are shown them, small; rows: of the captured split."""
-    inputs, _, keys = read(source, np.arange(min(AUDIT_ROWS, len(source))))
-    entries: list[Rendering] = []
-    for view in numbers:
-        shown = render_inputs(inputs, keys, views, view)
-        shown, _ = mixed(shown, keys, source, views, view, rows)
-        entries += map(Rendering.model_validate, audited(viewed(shown, views), keys, view))
-    return tuple(sorted(entries, key=lambda entry: (entry.sample, entry.view)))
-
-
-def viewed(inputs: dict[str, Tensor], views: ViewsConfig) -> Tensor:
-    """The input that the views act on; UsageError if there is none of that name."""
-    if views.input not in inputs:
-        raise UsageError(f"views act on the input {views.input!r}{suggestion(views.input, inputs)}")
-    return inputs[views.input]
-
-
-def _quarter_of_memory() -> int:
-    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 4

@@ -47,7 +47,7 @@ def command(
       ensemble-distill inspect caches/fmnist
       ensemble-distill inspect caches/fmnist --worst 20 --split test
     """
-    from ensemble_distill.cache.cache import open_cache
+    from ensemble_distill.cache.opening import open_cache
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli import rows
     from ensemble_distill.cli.show import section

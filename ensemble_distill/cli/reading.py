@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ensemble_distill.cache.cache import Cache, open_cache
+from ensemble_distill.cache.cache import Cache
+from ensemble_distill.cache.opening import open_cache
 from ensemble_distill.cli.options import Reading
 
 

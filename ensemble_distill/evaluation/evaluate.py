@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ensemble_distill.cache.cache import Cache, read
+from ensemble_distill.cache.cache import Cache
+from ensemble_distill.cache.samples import read
 from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig, difference
 from ensemble_distill.device import place, upload
 from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.cache import read
 from ensemble_distill.cache.plan import Calibrated, Calibration, MemberIdentity, Worth
+from ensemble_distill.cache.samples import read
 from ensemble_distill.calibration import fit_temperature
 from ensemble_distill.device import memory_errors
 from ensemble_distill.ensemble.ensemble import Ensemble

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
-from ensemble_distill.cache.cache import read, renderings, viewed
 from ensemble_distill.cache.commits import check_sealed
 from ensemble_distill.cache.history import newest, put_back
 from ensemble_distill.cache.plan import (
@@ -30,6 +29,7 @@ from ensemble_distill.cache.plan import (
     unit_rows,
 )
 from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering, Renderings
+from ensemble_distill.cache.samples import read, renderings, viewed
 from ensemble_distill.codec import Features, PartnerKey, RowFigures, Sampled, VarOpt, resolved
 from ensemble_distill.config import CacheConfig, DataConfig, Precision, difference, suggestion
 from ensemble_distill.device import Resolved

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ensemble_distill.cache.cache import read, render_inputs
 from ensemble_distill.cache.plan import Plan, WorkItem
+from ensemble_distill.cache.samples import read, render_inputs
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.sources.mixing import Partners, mixed
 
