@@ -19,7 +19,7 @@ from small import a_plan, file_of, keys_of, put_item, rows_of
 from ensemble_distill.cache.abandon import abandon
 from ensemble_distill.cache.collect import garbage
 from ensemble_distill.cache.copy import copy
-from ensemble_distill.cache.history import newest
+from ensemble_distill.cache.history import newest, put_back
 from ensemble_distill.cache.plan import Plan, Split
 from ensemble_distill.cache.repair import Mended, repair
 from ensemble_distill.cache.verify import verify
@@ -28,7 +28,7 @@ from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.recording.seal import remake, seal
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import CAPTURING, SEALING, Leases, at_work, lease_storage
+from ensemble_distill.store.leases import CAPTURING, Leases, at_work, lease_storage
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import Store, open_store
 
@@ -144,12 +144,56 @@ def test_what_was_sealed_last_and_is_not_whole_is_appended_again_or_given_up(
     assert store.plan_digest() == pointers[2][0] and verify(store).ok
 
 
+class Sealing(LocalStorage):
+    """Whose CURRENT moves when it was read a few times: somebody seals just now."""
+
+    reads, to = 0, ""
+
+    def read(self, name: str, at_most: int = 1 << 20) -> bytes:
+        if name == "CURRENT":
+            self.reads += 1
+            if self.reads == 5:
+                self.replace("CURRENT", f"{self.to}\n".encode())
+        return super().read(name, at_most)
+
+
 def test_one_that_seals_just_now_has_put_nothing_back(grown: tuple[Store, list[tuple[str, str]]]) -> None:
     store, pointers = grown
     point(store, CURRENT=pointers[1][1])
-    with at_work(store.storage, SEALING):
-        assert verify(store).ok
-    assert not verify(store).ok
+    storage = Sealing(store.storage.path, sync=False)  # type: ignore[attr-defined]
+    storage.to = pointers[2][1]
+    assert put_back(Store(storage)) is None and storage.reads >= 5
+    assert put_back(store) is None and store.current() == pointers[2][1]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"reading": {"temperature_after": 2.0}},
+        {"capture": {"precision": "bf16"}},
+        {"format": "parquet"},
+        {},
+    ],
+)
+def test_a_plan_that_is_no_growth_of_what_is_sealed_is_not_sealed(tmp_path: Path, lie: dict[str, Any]) -> None:
+    """PLAN names one that somebody forged, of the same units, or of more, with other temperatures."""
+    store, base = a_store(tmp_path), a_plan()
+    digest = put(store, base)
+    current = seal(base, digest, store)
+    for plan in (base.model_copy(update={"parents": (digest,)}), larger(store, base, 12, views=3)):
+        if not lie and plan.units > base.units:
+            continue
+        changed = {n: getattr(plan, n).model_copy(update=v) if isinstance(v, dict) else v for n, v in lie.items()}
+        forged = plan.model_copy(update=changed)
+        point(store, PLAN=digest)
+        named = put(store, forged)
+        assert any("is no growth of" in str(damage) for damage in verify(store).damaged)
+        with pytest.raises(Corrupt, match="is no growth of"):
+            seal(forged, named, store)
+        assert store.current() == current
+        for unit in [unit for unit in store.committed() if not base.has(unit)]:
+            store.storage.remove(f"commits/{unit}.json")
+        assert "PLAN" in mend(store).restored and store.plan_digest() == digest and verify(store).ok
 
 
 def test_what_was_put_back_is_not_copied(grown: tuple[Store, list[tuple[str, str]]], tmp_path: Path) -> None:

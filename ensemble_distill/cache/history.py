@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,10 @@ from ensemble_distill.cache.commits import Commits
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.fingerprint import sha256
-from ensemble_distill.store.leases import SEALING, Leases, lease_storage
 from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store
 
+PATIENCE = 0.5  # seconds; waited only where something was sealed that is not in force
 _NAME = re.compile(r"manifests/([0-9a-f]{64})\.json")
 
 
@@ -92,13 +93,13 @@ class Later:
 def put_back(store: Store) -> Later | None:
     """What should be in force and is not, for CURRENT was lost or put back; None if all is well, as far as is known.
 
-    Nor where somebody seals just now, who writes a manifest before he moves CURRENT.
+    Nor where CURRENT moves meanwhile: who seals writes a manifest before.
     """
     current = _current(store)  # first: what is sealed from here on may be listed, and is not in force yet
     line = sorted(_line(store, current), key=_age, reverse=True)
     own = next((_age(sealed) for sealed in line if sealed.digest == current), -1)
     after = [sealed for sealed in line if _age(sealed) > own]
-    if not after or _current(store) != current or _seals(store):
+    if not after or not _rests(store, current):
         return None
     whole = next((sealed for sealed in after if is_whole(store, sealed)), None)
     if whole is None:
@@ -106,9 +107,13 @@ def put_back(store: Store) -> Later | None:
     return Later(whole.digest, True)
 
 
-def _seals(store: Store) -> bool:
-    live = Leases(lease_storage(store.storage)).live()
-    return any(item.startswith(f"{SEALING}-") for item in live)
+def _rests(store: Store, current: str | None) -> bool:
+    """Whether CURRENT stays where it is, for the time that a seal takes between a manifest and CURRENT, and more."""
+    for _ in range(10):
+        if _current(store) != current:
+            return False
+        time.sleep(PATIENCE / 10)
+    return _current(store) == current
 
 
 def is_whole(store: Store, sealed: Sealed) -> bool:

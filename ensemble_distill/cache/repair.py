@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
+from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import newest, put_back
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Damage, Verdict
@@ -244,8 +245,8 @@ def _appended_to(store: Store, base: str, held: str | None) -> str:
     """
     known = store.plan(base, Plan)
     found = {plan for unit in store.committed() if (plan := _plan_beyond(store, known, unit)) is not None}
-    larger = [plan for plan in found if base in _parents(store, plan)]
-    if held in larger or (not larger and held is not None and base in _parents(store, held)):
+    larger = [plan for plan in found if _has_grown(store, base, plan)]
+    if held in larger or (not larger and held is not None and _has_grown(store, base, held)):
         return held
     if len(larger) > 1:
         raise Corrupt(
@@ -255,11 +256,12 @@ def _appended_to(store: Store, base: str, held: str | None) -> str:
     return larger[0] if larger else base
 
 
-def _parents(store: Store, plan: str) -> tuple[str, ...]:
-    """The plans that a plan has grown out of; none, where it cannot be read."""
+def _has_grown(store: Store, base: str, plan: str) -> bool:
+    """Whether a plan, which may be one that cannot be read, is another that has grown out of ``base``."""
     with contextlib.suppress(Corrupt, Unsafe):
-        return store.plan(plan, Plan).parents
-    return ()
+        check_grown(store, base, plan)
+        return plan != base
+    return False
 
 
 def _plan_beyond(store: Store, known: Plan, unit: str) -> str | None:

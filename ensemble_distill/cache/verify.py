@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, check_size, held_plan, plan_in_force
+from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
@@ -299,12 +300,21 @@ def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator
     held, digest = held_plan(store), str(store.plan_digest())
     if held.parents == sealed.parents:
         return
+    yield partial(_check, "plan", None, partial(_grown, store, digest))
     sums = Sums(held, store.root)
     for unit in store.committed():
         with contextlib.suppress(Corrupt):
             held.unit_number(unit)
             if not sealed.has(unit):
                 yield partial(_check, "appended", unit, partial(_whole, store, held, digest, sums, unit, deep))
+
+
+def _grown(store: Store, digest: str) -> int:
+    """PLAN, where more is being appended: it must have grown out of what is sealed."""
+    current = store.current()
+    if current is not None:
+        check_grown(store, store.manifest(current).plan, digest)
+    return 0
 
 
 def _whole(store: Store, plan: Plan, digest: str, sums: Sums, unit: str, deep: Sequence[DeepCheck]) -> int:

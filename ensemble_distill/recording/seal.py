@@ -14,6 +14,7 @@ import numpy as np
 from pydantic_core import from_json
 
 from ensemble_distill.cache.commits import check_sealed, committed_units, held_plan, missing
+from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import Sealed, is_whole, manifests
 from ensemble_distill.cache.plan import Group, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums
@@ -21,7 +22,7 @@ from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import SEALING, at_work
+from ensemble_distill.store.leases import at_work
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
 
@@ -35,7 +36,7 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
 
     done: which units are committed, bool [units], where the caller knows it.
     """
-    with at_work(store.storage, SEALING):  # what is written and not yet in force must not be taken for garbage
+    with at_work(store.storage, "seal"):  # what is written and not yet in force must not be taken for garbage
         return _seal(plan, plan_digest, store, done)
 
 
@@ -45,6 +46,7 @@ def _seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None) -
         raise Mismatch(f"{store.root}: its plan has changed meanwhile", hint="run the same command again")
     if parent is not None and store.storage.size(f"manifests/{parent}.json") is not None:
         check_sealed(store, parent)
+        check_grown(store, store.manifest(parent).plan, plan_digest)
     done = committed_units(store, plan) if done is None else done
     if not done.all():
         raise Mismatch(

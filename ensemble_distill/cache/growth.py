@@ -1,0 +1,68 @@
+"""Whether a plan has grown out of another: it says what that said, and more. For plans that lie in a cache."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from ensemble_distill.cache.plan import Plan, Split
+from ensemble_distill.errors import Corrupt
+from ensemble_distill.store.store import MEND, Store
+
+
+def check_grown(store: Store, base: str, digest: str) -> None:
+    """Corrupt unless the plan ``digest`` has grown out of the plan ``base``, step by step, as appends let it."""
+    plan = store.plan(digest, Plan)
+    line = [*plan.parents, digest]
+    if base not in line:
+        raise Corrupt(f"{store.root}: the plan {digest} has not grown out of the plan that is sealed", hint=MEND)
+    line = line[line.index(base) :]
+    for before, after in pairwise(line):
+        old, new = (store.plan(name, Plan) for name in (before, after))
+        field = "its parents" if new.parents != (*old.parents, before) else _differs(old, new)
+        if field is not None:
+            raise Corrupt(f"{store.root}: the plan {after} is no growth of {before}: {field}", hint=MEND)
+
+
+def _differs(old: Plan, new: Plan) -> str | None:
+    """The first field in which a plan contradicts what it is said to have grown out of."""
+    count = len(old.capture.members)
+    before, after = (_said(plan, count) for plan in (old, new))
+    for field, value in before.items():
+        if after[field] != value:
+            return field
+    for name, split in old.splits.items():
+        if name not in new.splits or not _split_grew(split, new.splits[name]):
+            return f"splits.{name}"
+    if new.groups[: len(old.groups)] != old.groups:
+        return "groups"
+    return None if (new.splits, new.groups) != (old.splits, old.groups) else "it has nothing more"
+
+
+def _said(plan: Plan, members: int) -> dict[str, Any]:
+    """What an append changes nothing of, of the first ``members`` members."""
+    reading, capture = plan.reading.model_dump(mode="json"), plan.capture
+    reading["temperature_before"] = reading["temperature_before"][:members]
+    kept = [member.model_dump(mode="json") for member in capture.members[:members]]
+    # They sum to one, so that new members change them; the plan says what they were.
+    stages = (*capture.shares_before, tuple(member.share for member in capture.members))
+    shares = next((held for held in stages if len(held) == members), ())
+    for member in kept:
+        member.pop("share")
+    return {
+        **{f"reading.{name}": value for name, value in reading.items()},
+        "capture.members": kept,
+        "capture.shares": shares,
+        "capture.precision": capture.precision,
+        "capture.calibration": capture.calibration,
+        "capture.tail": capture.tail,
+        "format": plan.format,
+    }
+
+
+def _split_grew(old: Split, new: Split) -> bool:
+    if old.unit_rows != new.unit_rows or new.rows < old.rows or new.views < old.views:
+        return False
+    if new.rows == old.rows:
+        return new.cuts == old.cuts and new.labels == old.labels
+    return new.cuts == ((*old.cuts, old.rows) if old.rows else old.cuts)
