@@ -249,16 +249,17 @@ def test_of_a_plan_that_is_lost_nothing_is_dropped(grown: tuple[Store, list[tupl
         assert names(store) == there
 
 
-def test_of_two_that_have_grown_apart_none_is_chosen(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+def test_of_two_that_have_grown_apart_none_is_chosen(
+    grown: tuple[Store, list[tuple[str, str]]], tmp_path: Path
+) -> None:
     store, pointers = grown
-    base = store.plan(pointers[0][0], Plan)
-    other = base.model_copy(update={"parents": (pointers[0][0],), "format": "parquet"})
-    data = records.dump(other)
-    digest = records.sha256(data)
-    store.storage.create(f"plans/{digest}.json", data)
-    apart = {"plan": digest, "parent": pointers[0][1]}
-    manifest = records.dump(store.manifest(pointers[0][1]).model_copy(update=apart))
-    store.storage.create(f"manifests/{records.sha256(manifest)}.json", manifest)
+    other, base = a_store(tmp_path / "other"), a_plan()
+    assert seal(base, put(other, base), other) == pointers[0][1]
+    plan = larger(other, base, 12, views=3)
+    seal(plan, put(other, plan), other)
+    for name in names(other) - names(store):
+        if not name.startswith("commits/"):
+            store.storage.create(name, other.storage.read(name))
     assert getattr(newest(store), "digest", None) == pointers[2][1], "CURRENT says which"
     point(store, CURRENT=pointers[0][1])
     with pytest.raises(Corrupt, match="neither has grown out of the other"):
@@ -334,6 +335,78 @@ def twin(path: Path) -> tuple[Store, str]:
                 store.put_unit(digest, item.unit(group), rows, plan.format, keys, None, {})
         current = seal(plan, digest, store)
     return store, current
+
+
+def test_a_forged_manifest_that_names_the_one_in_force_is_not_put_there(tmp_path: Path) -> None:
+    store, base = a_store(tmp_path / "c"), a_plan()
+    digest = put(store, base)
+    current = seal(base, digest, store)
+    colder = base.reading.model_copy(update={"temperature_after": 0.5})
+    forged = records.dump(base.model_copy(update={"parents": (digest,), "reading": colder}))
+    store.storage.create(f"plans/{records.sha256(forged)}.json", forged)
+    lie = {"plan": records.sha256(forged), "parent": current}
+    manifest = records.dump(store.manifest(current).model_copy(update=lie))
+    store.storage.create(f"manifests/{records.sha256(manifest)}.json", manifest)
+    assert verify(store).ok and not mend(store).restored and store.current() == current
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_appended_is_known_without_a_link_of_the_chain(
+    grown: tuple[Store, list[tuple[str, str]]], broken: bool
+) -> None:
+    """The manifest between is not there, as in a copy onto an older copy; or it was made of another capture."""
+    store, pointers = grown
+    store.storage.remove(f"manifests/{pointers[1][1]}.json")
+    if broken:
+        body = store.manifest(pointers[2][1]).model_copy(update={"parent": "0" * 64})
+        store.storage.remove(f"manifests/{pointers[2][1]}.json")
+        pointers[2] = (pointers[2][0], store.put_manifest(body, pointers[2][1]))
+    point(store, CURRENT=pointers[0][1])
+    with pytest.raises(Mismatch, match="was sealed as"):
+        abandon(store)
+    mend(store)
+    assert (store.plan_digest(), store.current()) == pointers[2]
+
+
+def test_what_was_appended_to_another_capture_is_asked_for(tmp_path: Path) -> None:
+    store, base = a_store(tmp_path), a_plan()
+    first = seal(base, put(store, base), store)
+    unit = "train-v000000-00000001.targets"
+    commit = forged(store, base, unit).model_copy(update={"content": "1" * 64})
+    store.storage.replace(f"commits/{unit}.json", records.seal(commit))
+    store.storage.remove("CURRENT")
+    seal(base, str(store.plan_digest()), store)
+    plan = larger(store, base, 16)
+    seal(plan, put(store, plan), store)
+    point(store, CURRENT=first)
+    assert any("was appended to another capture of what is in force" in str(d) for d in verify(store).damaged)
+    with pytest.raises(Corrupt, match="was appended to another capture"):
+        mend(store)
+
+
+def test_of_what_is_lost_with_current_the_rest_is_put_back(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    """All commits, and one shard."""
+    store, pointers = grown
+    keys = set(store.storage.list("keys"))
+    plan, unit = store.plan(pointers[2][0], Plan), "train-v000000-00000001.targets"
+    store.storage.remove(f"objects/{store.commit(unit).object}")
+    point(store, CURRENT=None)
+    for name in list(store.storage.list("commits")):
+        store.storage.remove(name)
+    assert mend(store).missing == 1 and set(store.storage.list("keys")) == keys
+    put_item(store, plan, pointers[2][0], plan.locate(unit)[0])
+    seal(plan, pointers[2][0], store)
+    assert verify(store).ok
+
+
+def test_what_is_whole_is_not_given_up_for_what_the_cache_in_force_lacks(
+    grown: tuple[Store, list[tuple[str, str]]],
+) -> None:
+    store, pointers = grown
+    store.storage.remove(f"objects/{store.commit('train-v000000-00000001.targets').object}")
+    point(store, CURRENT=pointers[1][1])
+    with pytest.raises(Corrupt, match="what is in force is not whole itself"):
+        abandon(store)
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ensemble_distill.cache.collect import refuse_others
 from ensemble_distill.cache.commits import held_plan
-from ensemble_distill.cache.history import put_back
+from ensemble_distill.cache.history import Sealed, is_whole, put_back
 from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.verify import of_a_larger_plan
 from ensemble_distill.errors import Corrupt, Mismatch
@@ -32,19 +32,27 @@ def abandon(store: Store) -> list[str]:
                 f"{store.root}: what was appended is complete, and was sealed as {later.digest}",
                 hint=f"put that in force: ensemble-distill repair {store.root}",
             )
+        if later and not is_whole(store, Sealed(current, store.manifest(current), sealed)):
+            raise Corrupt(f"{store.root}: what is in force is not whole itself", hint=MEND)
         held = str(store.plan_digest())
         units = list(_beyond(store, digest, sealed))
         refuse_others(store, leases, lease)
+        if store.current() != current:
+            raise _moved(store)
         for unit in units:
             store.storage.remove(f"commits/{unit}.json")
         for name in list(_keys_beyond(store, sealed)):
             store.storage.remove(name)
         refuse_others(store, leases, lease)
         if store.current() != current or not store.storage.swap("PLAN", f"{held}\n".encode(), f"{digest}\n".encode()):
-            raise Mismatch(f"{store.root} was changed by somebody else meanwhile", hint="run the same command again")
+            raise _moved(store)
         while (later := put_back(store)) is not None and not later.whole:
             store.storage.remove(f"manifests/{later.digest}.json")  # what it lists is not there any more
     return units
+
+
+def _moved(store: Store) -> Mismatch:
+    return Mismatch(f"{store.root} was changed by somebody else meanwhile", hint="run the same command again")
 
 
 def _sealed(store: Store) -> tuple[str, str, Plan]:

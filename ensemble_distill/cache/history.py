@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ensemble_distill.cache.commits import Commits
+from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.fingerprint import sha256
@@ -37,9 +38,9 @@ class Sealed:
 def newest(store: Store) -> Sealed | None:
     """What was sealed last here, whole or not, as far as it is known; None where nothing is.
 
-    Where CURRENT can be read: what it names, or what was appended to that, one after another. Where it is lost: of all
-    manifests whose keys are those that lie here, if all can be read. Raises Corrupt for a plan that is lost, where it
-    may be the newest, and for two manifests of which neither has grown out of the other.
+    Where CURRENT can be read: what it names, or what was appended to that, as plans, keys and contents tell. Where it
+    is lost: of all manifests whose keys are those that lie here, if all can be read. Raises Corrupt for a plan that is
+    lost, where it may be the newest, and for two manifests of which neither has grown out of the other.
     """
     known = _line(store, _current(store))
     last = max(known, key=_age, default=None)
@@ -57,15 +58,39 @@ def _line(store: Store, current: str | None) -> list[Sealed]:
     found, listed = _by_name(store, current)
     if current not in found if current is not None else listed > len(found):
         return []  # one cannot be read: nothing is known to have come after it
+    known = [Sealed(digest, m, plan) for digest, m in found.items() if (plan := _plan(store, m.plan)) is not None]
+    own = next((sealed for sealed in known if sealed.digest == current), None)
+    if current is None:
+        known = [sealed for sealed in known if _is_of(store, sealed)]
+    elif own is not None:
+        known = [sealed for sealed in known if sealed is own or _comes_after(store, own, sealed)]
     line = {digest: m for digest, m in found.items() if current is None or current in _ancestors(found, digest)}
-    known = [Sealed(digest, m, plan) for digest, m in line.items() if (plan := _plan(store, m.plan)) is not None]
-    known = [sealed for sealed in known if current is not None or _is_of(store, sealed)]
-    _refuse_others(store, line, known, max(known, key=_age, default=None))
+    _refuse_others(store, line | {sealed.digest: sealed.manifest for sealed in known}, known)
     return known
 
 
-def _refuse_others(store: Store, line: Mapping[str, Manifest], known: list[Sealed], last: Sealed | None) -> None:
+def _comes_after(store: Store, own: Sealed, later: Sealed) -> bool:
+    """Whether something was appended to what is in force: more, of the same samples. Corrupt where these say else."""
+    problem = None
+    if own.manifest.plan not in later.plan.parents:
+        return False
+    with contextlib.suppress(Corrupt, Unsafe):
+        check_grown(store, own.manifest.plan, later.manifest.plan)
+        before, after = (Commits(store, sealed.plan, sealed.manifest) for sealed in (own, later))
+        if any(commit.keys != after.get(item, own.plan.groups[0]).keys for item, commit in _pages_of_keys(own, before)):
+            return False
+        units = ((item, group) for item in own.plan.items() for group in own.plan.groups)
+        if all(before.get(*unit).content == after.get(*unit).content for unit in units):
+            return True
+        problem = f"{store.root}: manifest {later.digest} was appended to another capture of what is in force"
+    if problem is None:
+        return False
+    raise Corrupt(problem, hint="name it in CURRENT, if it is what is meant; or move it out of manifests/")
+
+
+def _refuse_others(store: Store, line: Mapping[str, Manifest], known: list[Sealed]) -> None:
     """Corrupt for what may be newer than the last, or as new."""
+    last = max(known, key=_age, default=None)
     kept = {sealed.digest for sealed in known}
     for digest, manifest in line.items():
         if last is not None and last.comes_after(manifest.plan):
@@ -121,7 +146,9 @@ def is_whole(store: Store, sealed: Sealed) -> bool:
     with contextlib.suppress(Corrupt, Unsafe):
         commits = Commits(store, sealed.plan, sealed.manifest)
         units = (store.storage.size(f"objects/{c.object}") == c.size for c in map(commits.at, range(sealed.plan.units)))
-        return all(units) and all(_keys(store, item) == commit.keys for item, commit in _pages_of_keys(sealed, commits))
+        return all(units) and all(
+            keys_digest(store, item) == commit.keys for item, commit in _pages_of_keys(sealed, commits)
+        )
     return False
 
 
@@ -129,7 +156,7 @@ def _is_of(store: Store, sealed: Sealed) -> bool:
     """Whether the pages of keys that lie here are those of a manifest, as far as they are whole."""
     with contextlib.suppress(Corrupt, Unsafe):
         pages = _pages_of_keys(sealed, Commits(store, sealed.plan, sealed.manifest))
-        there = [held == commit.keys for item, commit in pages if (held := _keys(store, item)) is not None]
+        there = [held == commit.keys for item, commit in pages if (held := keys_digest(store, item)) is not None]
         return all(there) or sum(there) > len(there) / 2  # some may be damaged
     return False
 
@@ -142,7 +169,7 @@ def _pages_of_keys(sealed: Sealed, commits: Commits) -> Iterator[tuple[WorkItem,
             yield item, commits.get(item, sealed.plan.groups[0])
 
 
-def _keys(store: Store, item: WorkItem) -> str | None:
+def keys_digest(store: Store, item: WorkItem) -> str | None:
     """The SHA-256 of a page of keys; None for one that is not there, or of another size."""
     held = store.held_keys(item.split, item.page, item.rows)
     return None if held is None else sha256(held.tobytes())

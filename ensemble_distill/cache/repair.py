@@ -10,7 +10,7 @@ from functools import partial
 
 from ensemble_distill.cache.commits import Commits, committed_units, held_plan, plan_in_force
 from ensemble_distill.cache.growth import check_grown
-from ensemble_distill.cache.history import newest, put_back
+from ensemble_distill.cache.history import keys_digest, newest, put_back
 from ensemble_distill.cache.plan import MAX_SHARD, Plan
 from ensemble_distill.cache.verify import Damage, Verdict
 from ensemble_distill.errors import Corrupt, Error, StorageError, Unsafe
@@ -75,6 +75,7 @@ def repair(store: Store, check: Callable[[], Verdict], begin: Callable[[], objec
     mended = Mended()
     _mend_pointers(store, mended)
     _restore_commits(store, mended)
+    _restore_lost(store, mended)
     mended.check(store.root)
     _remove_keys_of_nothing(store, mended)
     while _mend(store, check(), mended, begin):
@@ -90,6 +91,26 @@ def _restore_commits(store: Store, mended: Mended) -> None:
     for name, data in filter(None, prefetch(tasks, READERS)):
         with mended.attempt(mended.restored, name):
             store.storage.replace(name, data)
+
+
+def _restore_lost(store: Store, mended: Mended) -> None:
+    """Where CURRENT is lost: the commits that are not there, and whose shards and keys are, of what was sealed last."""
+    last = newest(store) if _is_lost(store) else None
+    if last is None or last.manifest.plan != store.plan_digest():
+        return
+    with contextlib.suppress(Corrupt, Unsafe):
+        for commit in map(Commits(store, last.plan, last.manifest).at, range(last.plan.units)):
+            shard = store.storage.size(f"objects/{commit.object}") == commit.size
+            item, _ = last.plan.locate(commit.unit)
+            if shard and not store.is_committed(commit.unit) and keys_digest(store, item) == commit.keys:
+                with mended.attempt(mended.restored, f"commits/{commit.unit}.json"):
+                    store.storage.create(f"commits/{commit.unit}.json", records.seal(commit))
+
+
+def _is_lost(store: Store) -> bool:
+    with contextlib.suppress(Corrupt):
+        return store.current() is None
+    return True
 
 
 def _sealed(store: Store, plan: Plan, digest: str) -> Iterator[tuple[str, Commit]]:

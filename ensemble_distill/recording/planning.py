@@ -114,17 +114,20 @@ def prepare(
             others = [item for item in leases.live() if item != own]
             if newest(store) or store.current() is not None or next(store.committed(), None) is not None or others:
                 refuse_difference(held, plan, store.root)
-            # Nothing was captured under it: another batch size or precision may be tried in the same place.
-            store.drop_plan(str(store.plan_digest()))
+                measured = {"audit": held.capture.audit, "distortions": held.capture.distortions}
+                plan = plan.model_copy(update={"capture": plan.capture.model_copy(update=measured)})
+            else:
+                # Nothing was captured under it: another batch size or precision may be tried in the same place.
+                store.drop_plan(str(store.plan_digest()))
     return plan, ensemble
 
 
 def _sealed(store: Store, held: Plan | None) -> tuple[str, Plan] | None:
-    """The digest of the plan that is sealed, and that plan, where more is being appended to it."""
-    if held is None or not held.parents or (current := store.current()) is None:
+    """The digest of the plan that was sealed before the held one grew out of it, and that plan; None where there is
+    none, or it does not lie here, as in a copy."""
+    if held is None or not held.parents or store.storage.size(f"plans/{held.parents[-1]}.json") is None:
         return None
-    digest = store.manifest(current).plan
-    return (digest, store.plan(digest, Plan)) if digest in held.parents else None
+    return held.parents[-1], store.plan(held.parents[-1], Plan)
 
 
 def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], store: Store) -> Plan:
