@@ -196,6 +196,16 @@ def test_a_plan_that_is_no_growth_of_what_is_sealed_is_not_sealed(tmp_path: Path
         assert "PLAN" in mend(store).restored and store.plan_digest() == digest and verify(store).ok
 
 
+def test_a_copy_knows_what_its_plan_has_grown_out_of(
+    grown: tuple[Store, list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    store, pointers = grown
+    target = a_store(tmp_path / "t")
+    copy(store, target)
+    assert {f"plans/{plan}.json" for plan, _ in pointers} == set(target.storage.list("plans"))
+    assert not garbage(target, no_leases(target), older_than=-60) and verify(target).ok
+
+
 def test_what_was_put_back_is_not_copied(grown: tuple[Store, list[tuple[str, str]]], tmp_path: Path) -> None:
     store, pointers = grown
     point(store, CURRENT=pointers[1][1])
@@ -350,14 +360,16 @@ def test_a_forged_manifest_that_names_the_one_in_force_is_not_put_there(tmp_path
     assert verify(store).ok and not mend(store).restored and store.current() == current
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", ["", "plan", "chain"])
 def test_what_was_appended_is_known_without_a_link_of_the_chain(
-    grown: tuple[Store, list[tuple[str, str]]], broken: bool
+    grown: tuple[Store, list[tuple[str, str]]], broken: str
 ) -> None:
-    """The manifest between is not there, as in a copy onto an older copy; or it was made of another capture."""
+    """The manifest between is not there, as in a copy onto an older copy, or its plan; or it was of another capture."""
     store, pointers = grown
     store.storage.remove(f"manifests/{pointers[1][1]}.json")
-    if broken:
+    if broken == "plan":
+        store.storage.remove(f"plans/{pointers[1][0]}.json")
+    if broken == "chain":
         body = store.manifest(pointers[2][1]).model_copy(update={"parent": "0" * 64})
         store.storage.remove(f"manifests/{pointers[2][1]}.json")
         pointers[2] = (pointers[2][0], store.put_manifest(body, pointers[2][1]))

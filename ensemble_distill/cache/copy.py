@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,8 @@ import numpy as np
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, committed_units, plan_in_force
 from ensemble_distill.cache.history import put_back
 from ensemble_distill.cache.plan import Calibration
-from ensemble_distill.errors import Corrupt, Interrupted, Mismatch
-from ensemble_distill.fingerprint import KEY_BYTES
+from ensemble_distill.errors import Corrupt, Interrupted, Mismatch, Unsafe
+from ensemble_distill.fingerprint import KEY_BYTES, sha256
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
 from ensemble_distill.store.leases import at_work
@@ -51,6 +52,8 @@ def copy(
     with at_work(target.storage, "copy"):
         if (calibration := origin.plan.capture.calibration) is not None:
             target.put_calibration(source.calibration(calibration, Calibration))
+        for earlier in origin.plan.parents:  # by which a plan is known to have grown out of another
+            _plan_of_before(source, target, earlier)
         held = target.plan_digest()  # a copy from before something was appended becomes one with it
         if target.put_plan(origin.plan, held if held in origin.plan.parents else None) != origin.digest:
             raise _other_plan(source, target)
@@ -67,6 +70,14 @@ def copy(
         if origin.manifest is not None and committed_units(target, origin.plan).all():
             copied.sealed = _seal(origin, origin.manifest, target, parent)
     return copied
+
+
+def _plan_of_before(source: Store, target: Store, digest: str) -> None:
+    """Copy a plan that the one in force has grown out of, if it is there and whole."""
+    with contextlib.suppress(Corrupt, Unsafe):
+        data = source.storage.read(f"plans/{digest}.json", records.MAX_PLAN)
+        if sha256(data) == digest:
+            target.storage.create(f"plans/{digest}.json", data)
 
 
 class _Origin:

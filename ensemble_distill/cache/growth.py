@@ -11,15 +11,18 @@ from ensemble_distill.store.store import MEND, Store
 
 
 def check_grown(store: Store, base: str, digest: str) -> None:
-    """Corrupt unless the plan ``digest`` has grown out of the plan ``base``, step by step, as appends let it."""
+    """Corrupt unless the plan ``digest`` has grown out of the plan ``base``, step by step, as appends let it.
+
+    Of steps between whose plans are not there, as in an old copy, the plan after them tells.
+    """
     plan = store.plan(digest, Plan)
     line = [*plan.parents, digest]
     if base not in line:
         raise Corrupt(f"{store.root}: the plan {digest} has not grown out of the plan that is sealed", hint=MEND)
-    line = line[line.index(base) :]
+    line = [name for name in line[line.index(base) :] if store.storage.size(f"plans/{name}.json") is not None]
     for before, after in pairwise(line):
         old, new = (store.plan(name, Plan) for name in (before, after))
-        field = "its parents" if new.parents != (*old.parents, before) else _differs(old, new)
+        field = _differs(old, new) if new.parents[: len(old.parents) + 1] == (*old.parents, before) else "its parents"
         if field is not None:
             raise Corrupt(f"{store.root}: the plan {after} is no growth of {before}: {field}", hint=MEND)
 
@@ -65,4 +68,5 @@ def _split_grew(old: Split, new: Split) -> bool:
         return False
     if new.rows == old.rows:
         return new.cuts == old.cuts and new.labels == old.labels
-    return new.cuts == ((*old.cuts, old.rows) if old.rows else old.cuts)
+    cuts = (*old.cuts, old.rows) if old.rows else old.cuts
+    return new.cuts[: len(cuts)] == cuts
