@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import ValidationError
 
-from ensemble_distill.cache.plan import MAX_SHARD
 from ensemble_distill.codec import Features
 from ensemble_distill.config import Tap, explain
 from ensemble_distill.errors import UsageError
@@ -18,9 +15,6 @@ def feature_codec(tap: Tap, shape: tuple[int, ...]) -> Features:
     axis = 0 if tap.project else channel_axis(tap.reduction, len(shape))
     hint = "reduce it, as with pool, or project it: project=Random(dim=256)"
     try:
-        codec = Features.of(shape, tap.values, axis, take=tap.recipe, project=tap.project, mask=tap.mask)
+        return Features.of(shape, tap.values, axis, take=tap.recipe, project=tap.project, mask=tap.mask)
     except ValidationError as error:
         raise UsageError(f"{tap.field} of shape {list(shape)}: {explain(error, Features)}", hint=hint) from error
-    if math.prod(shape) * 2 > MAX_SHARD:
-        raise UsageError(f"{tap.field} of shape {list(shape)} is too large: a row has at most 256 MiB", hint=hint)
-    return codec
