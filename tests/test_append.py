@@ -261,7 +261,8 @@ def test_an_append_that_is_stopped_goes_on_and_readers_see_what_was_there(cli: C
     unseal(cli, f"{before}\n")
     assert held_plan(store).parents
     assert open_cache(cli.folder / "two").digest == before
-    cli("verify", "two")
+    beyond = len([unit for unit in store.committed() if unit.endswith(".targets.1")])
+    assert f"; beyond it {beyond} units of an append that is not complete" in cli("verify", "two").stdout
     cli("train", "two.py", "--cache", "two", "--out", "r", "--set", "epochs=1")
     cli("copy", "two", "copied")
     assert open_cache(cli.folder / "copied").digest == before

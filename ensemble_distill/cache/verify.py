@@ -55,7 +55,8 @@ class Damage:
 class Verdict:
     """What was looked at, and what is wrong; ``more`` says that the list is full and the search was given up.
 
-    waiting: a manifest that is whole, where CURRENT names none: it is lost, or its writer died before it.
+    waiting: a manifest that is whole, where CURRENT names none: it is lost, or its writer died before it. appended: how
+    many units are committed beyond what is sealed.
     """
 
     files: int = 0
@@ -63,6 +64,7 @@ class Verdict:
     sealed: bool = False
     manifest_digest: str = ""
     waiting: str = ""
+    appended: int = 0
     damaged: list[Damage] = field(default_factory=list)
     more: bool = False
 
@@ -160,7 +162,7 @@ def _checks(
         yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
     if trusted is None:
         yield partial(_check, "later", None, partial(_newest, store, verdict))
-    yield from _appended(store, plan, deep)
+    yield from _appended(store, plan, deep, verdict)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
     verdict.damaged += _strays(store, held_plan(store))
@@ -295,7 +297,7 @@ def _newest(store: Store, verdict: Verdict) -> int:
     raise Corrupt(f"{store.root}: {problem}, and is not whole any more; {way}")
 
 
-def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator[Check]:
+def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck], verdict: Verdict) -> Iterator[Check]:
     """What is committed beyond the plan that is sealed, where an append is not finished."""
     held, digest = held_plan(store), str(store.plan_digest())
     if held.parents == sealed.parents:
@@ -306,6 +308,7 @@ def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck]) -> Iterator
         with contextlib.suppress(Corrupt):
             held.unit_number(unit)
             if not sealed.has(unit):
+                verdict.appended += 1
                 yield partial(_check, "appended", unit, partial(_whole, store, held, digest, sums, unit, deep))
 
 

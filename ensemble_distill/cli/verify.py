@@ -93,6 +93,8 @@ def command(
     state = "not complete: what is committed so far is whole"
     if verdict.sealed:
         state = f"manifest digest {verdict.manifest_digest}"
+        if verdict.appended:
+            state += f"; beyond it {verdict.appended} units of an append that is not complete"
     elif verdict.waiting:
         state = f"not sealed, though manifest {verdict.waiting} is whole: ensemble-distill repair {cache}"
     console.say(f"{cache}: {verdict.files} files, {ui.size(verdict.bytes)}, all as they were committed; {state}")
