@@ -132,7 +132,7 @@ def test_the_global_generator_is_left_alone_and_leaves_alone() -> None:
 )
 def test_what_draws_by_other_means_is_refused(transform: Any) -> None:
     images, keys = some()
-    with pytest.raises(UsageError, match="custom 'foreign' gives other pixels"):
+    with pytest.raises(UsageError, match="custom 'foreign' draws from a generator"):
         check_deterministic(images, keys, of(transform))
 
 
