@@ -28,7 +28,7 @@ from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.recording.seal import remake, seal
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import CAPTURING, Leases, at_work, lease_storage
+from ensemble_distill.store.leases import CAPTURING, SEALING, Leases, at_work, lease_storage
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import Store, open_store
 
@@ -162,8 +162,31 @@ def test_one_that_seals_just_now_has_put_nothing_back(grown: tuple[Store, list[t
     point(store, CURRENT=pointers[1][1])
     storage = Sealing(store.storage.path, sync=False)  # type: ignore[attr-defined]
     storage.to = pointers[2][1]
-    assert put_back(Store(storage)) is None and storage.reads >= 5
+    with at_work(store.storage, SEALING):
+        assert put_back(Store(storage)) is None and storage.reads >= 5
     assert put_back(store) is None and store.current() == pointers[2][1]
+
+
+def test_a_seal_that_ended_between_two_looks_has_put_nothing_back(
+    grown: tuple[Store, list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, pointers = grown
+    point(store, CURRENT=pointers[1][1])
+
+    def ended(leases: Leases) -> list[str]:
+        point(store, CURRENT=pointers[2][1])
+        return []
+
+    monkeypatch.setattr(Leases, "live", ended)
+    assert put_back(store) is None
+
+
+def test_a_lease_that_a_dead_sealer_left_hides_nothing(grown: tuple[Store, list[tuple[str, str]]]) -> None:
+    store, pointers = grown
+    point(store, CURRENT=pointers[1][1])
+    with at_work(store.storage, SEALING):
+        later = put_back(store)
+    assert later is not None and later.digest == pointers[2][1]
 
 
 @pytest.mark.parametrize(

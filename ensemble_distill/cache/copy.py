@@ -16,7 +16,7 @@ from ensemble_distill.errors import Corrupt, Interrupted, Mismatch, Unsafe
 from ensemble_distill.fingerprint import KEY_BYTES, sha256
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import at_work
+from ensemble_distill.store.leases import COPYING, at_work
 from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import MEND, Store
 
@@ -49,7 +49,7 @@ def copy(
     origin = _Origin(source, trusted)
     parent = target.current()  # first: whatever is sealed from here on may know more than this
     there = _held(origin, target, workers)
-    with at_work(target.storage, "copy"):
+    with at_work(target.storage, COPYING):
         if (calibration := origin.plan.capture.calibration) is not None:
             target.put_calibration(source.calibration(calibration, Calibration))
         for earlier in origin.plan.parents:  # by which a plan is known to have grown out of another

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from ensemble_distill.cache.plan import Plan, Split
+from ensemble_distill.config import difference
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.store.store import MEND, Store
 
@@ -29,11 +30,8 @@ def check_grown(store: Store, base: str, digest: str) -> None:
 
 def _differs(old: Plan, new: Plan) -> str | None:
     """The first field in which a plan contradicts what it is said to have grown out of."""
-    count = len(old.capture.members)
-    before, after = (_said(plan, count) for plan in (old, new))
-    for field, value in before.items():
-        if after[field] != value:
-            return field
+    if (hit := contradicts(old, new)) is not None:
+        return hit[0]
     for name, split in old.splits.items():
         if name not in new.splits or not _split_grew(split, new.splits[name]):
             return f"splits.{name}"
@@ -42,7 +40,13 @@ def _differs(old: Plan, new: Plan) -> str | None:
     return None if (new.splits, new.groups) != (old.splits, old.groups) else "it has nothing more"
 
 
-def _said(plan: Plan, members: int) -> dict[str, Any]:
+def contradicts(old: Plan, new: Plan) -> tuple[str, Any, Any] | None:
+    """The first (field, before, now) in which a plan does not say what an append leaves as it was; None if it does."""
+    count = len(old.capture.members)
+    return difference(_kept(old, count), _kept(new, count))
+
+
+def _kept(plan: Plan, members: int) -> dict[str, Any]:
     """What an append changes nothing of, of the first ``members`` members."""
     reading, capture = plan.reading.model_dump(mode="json"), plan.capture
     reading["temperature_before"] = reading["temperature_before"][:members]
@@ -53,12 +57,12 @@ def _said(plan: Plan, members: int) -> dict[str, Any]:
     for member in kept:
         member.pop("share")
     return {
-        **{f"reading.{name}": value for name, value in reading.items()},
-        "capture.members": kept,
-        "capture.shares": shares,
-        "capture.precision": capture.precision,
-        "capture.calibration": capture.calibration,
-        "capture.tail": capture.tail,
+        **reading,
+        "members": kept,
+        "shares": shares,
+        "precision": capture.precision,
+        "calibration": capture.calibration,
+        "tail": capture.tail,
         "format": plan.format,
     }
 

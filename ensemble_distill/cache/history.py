@@ -15,10 +15,11 @@ from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.store.leases import COPYING, SEALING, Leases, lease_storage
 from ensemble_distill.store.records import Commit, Manifest
 from ensemble_distill.store.store import Store
 
-PATIENCE = 0.5  # seconds; waited only where something was sealed that is not in force
+PATIENCE = 0.5  # seconds; waited only where something was sealed that is not in force, and somebody seems to seal
 _NAME = re.compile(r"manifests/([0-9a-f]{64})\.json")
 
 
@@ -133,8 +134,11 @@ def put_back(store: Store) -> Later | None:
 
 
 def _rests(store: Store, current: str | None) -> bool:
-    """Whether CURRENT stays where it is, for the time that a seal takes between a manifest and CURRENT, and more."""
-    for _ in range(10):
+    """Whether CURRENT stays where it is; where somebody seems to seal, for the time between a manifest and CURRENT."""
+    sealing = any(
+        item.startswith((f"{SEALING}-", f"{COPYING}-")) for item in Leases(lease_storage(store.storage)).live()
+    )
+    for _ in range(10 * sealing):
         if _current(store) != current:
             return False
         time.sleep(PATIENCE / 10)

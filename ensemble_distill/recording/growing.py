@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ensemble_distill.cache.growth import contradicts
 from ensemble_distill.cache.plan import MAIN, ROW, Group, Plan, Split
 from ensemble_distill.codec import Dense, Members, RowFigures
-from ensemble_distill.config import difference, explain
+from ensemble_distill.config import explain
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.sources.arrays import Source
@@ -22,6 +23,8 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
     there is no more, the plan has no other parents than ``base`` has. Raises Mismatch, naming the first field that
     differs, where ``base`` holds what ``wanted`` does not; UsageError for what cannot be appended.
     """
+    capture = wanted.capture.model_copy(update={"shares_before": _shares_before(base, wanted)})
+    wanted = wanted.model_copy(update={"capture": capture})
     _same(base, wanted, where)
     splits = {name: _split(name, split, wanted, sources, where) for name, split in base.splits.items()}
     splits |= {name: split for name, split in wanted.splits.items() if name not in splits}
@@ -35,7 +38,6 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
         )
     more = splits != base.splits or groups != base.groups
     fields: dict[str, Any] = dict(wanted) | {
-        "capture": wanted.capture.model_copy(update={"shares_before": _shares_before(base, wanted)}),
         "splits": splits,
         "groups": groups,
         "parents": (*base.parents, digest) if more else base.parents,
@@ -57,31 +59,17 @@ def _shares_before(base: Plan, wanted: Plan) -> tuple[tuple[float, ...], ...]:
 
 def _same(base: Plan, wanted: Plan, where: str) -> None:
     """Mismatch unless all that ``base`` says of itself holds of ``wanted`` too."""
-    count = len(base.capture.members)
-    if wanted.capture.members[count:] and base.capture.calibration is not None:
+    if len(wanted.capture.members) > len(base.capture.members) and base.capture.calibration is not None:
         raise UsageError(
             f"{where} is calibrated, and another member would change the temperature after averaging",
             hint="capture anew, or capture with codec=Members() and fit temperatures after it",
         )
-    old, new = (_said(plan, count) for plan in (base, wanted))
-    if len(wanted.capture.members) > count:  # shares that sum to one change with each member
-        for members in (old["members"], new["members"]):
-            for member in members:
-                member.pop("share")
-    if (hit := difference(old, new)) is not None:
+    if (hit := contradicts(base, wanted)) is not None:
         field, before, now = hit
         raise Mismatch(
             f"{where} holds {field} = {_short(before)}, this pipeline says {_short(now)}",
             hint=f"restore {field}: only more can be appended, and new members stand behind those there are",
         )
-
-
-def _said(plan: Plan, members: int) -> dict[str, Any]:
-    reading = plan.reading.model_dump(mode="json")
-    reading["temperature_before"] = reading["temperature_before"][:members]
-    capture = plan.capture.model_dump(mode="json")
-    kept = {name: capture.get(name) for name in ("precision", "tail", "calibration")}
-    return {**reading, **kept, "members": capture["members"][:members], "format": plan.format}
 
 
 def _split(name: str, held: Split, wanted: Plan, sources: Mapping[str, Source], where: str) -> Split:

@@ -22,7 +22,7 @@ from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store import records
-from ensemble_distill.store.leases import at_work
+from ensemble_distill.store.leases import SEALING, at_work
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import Store
 
@@ -36,7 +36,7 @@ def seal(plan: Plan, plan_digest: str, store: Store, done: np.ndarray | None = N
 
     done: which units are committed, bool [units], where the caller knows it.
     """
-    with at_work(store.storage, "seal"):  # what is written and not yet in force must not be taken for garbage
+    with at_work(store.storage, SEALING):  # what is written and not yet in force must not be taken for garbage
         return _seal(plan, plan_digest, store, done)
 
 

@@ -26,8 +26,8 @@ from ensemble_distill.store.storage import Storage
 
 TTL = 60.0
 MAX_LEASE = 4096
-# What the leases of those are called that may drop a plan, or capture under one.
-PLANNING, CAPTURING = "plan", "capture"
+# What the leases of those are called that may drop a plan, capture under one, or put a manifest in force.
+PLANNING, CAPTURING, SEALING, COPYING = "plan", "capture", "seal", "copy"
 
 
 class Lease(Config):
