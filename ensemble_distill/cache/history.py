@@ -56,8 +56,11 @@ def _age(sealed: Sealed) -> int:
 
 def _line(store: Store, current: str | None) -> list[Sealed]:
     """What was sealed at CURRENT and after it; where that is lost, all that was. Each has grown out of another."""
-    found, listed = _by_name(store, current)
-    if current not in found if current is not None else listed > len(found):
+    listed = dict(manifests(store))
+    if current is not None:
+        listed[current] = _manifest(store, current)  # also where a listing lacks it
+    found = {digest: manifest for digest, manifest in listed.items() if manifest is not None}
+    if current not in found if current is not None else len(listed) > len(found):
         return []  # one cannot be read: nothing is known to have come after it
     known = [Sealed(digest, m, plan) for digest, m in found.items() if (plan := _plan(store, m.plan)) is not None]
     own = next((sealed for sealed in known if sealed.digest == current), None)
@@ -179,22 +182,17 @@ def keys_digest(store: Store, item: WorkItem) -> str | None:
     return None if held is None else sha256(held.tobytes())
 
 
-def manifests(store: Store) -> Iterator[tuple[str, Manifest]]:
-    """All that are listed and can be read, by digest."""
+def manifests(store: Store) -> Iterator[tuple[str, Manifest | None]]:
+    """All that are listed, by digest; None for one that cannot be read."""
     for name in store.storage.list("manifests"):
         if (match := _NAME.fullmatch(name)) is not None:
-            with contextlib.suppress(Corrupt, Unsafe):
-                yield match[1], store.manifest(match[1])
+            yield match[1], _manifest(store, match[1])
 
 
-def _by_name(store: Store, current: str | None) -> tuple[dict[str, Manifest], int]:
-    """The same, and that in force, which a listing may lack; and how many there are, read or not."""
-    names = {match[1] for name in store.storage.list("manifests") if (match := _NAME.fullmatch(name))}
-    found = {}
-    for digest in names if current is None else {*names, current}:
-        with contextlib.suppress(Corrupt, Unsafe):
-            found[digest] = store.manifest(digest)
-    return found, len(names)
+def _manifest(store: Store, digest: str) -> Manifest | None:
+    with contextlib.suppress(Corrupt, Unsafe):
+        return store.manifest(digest)
+    return None
 
 
 def _ancestors(found: Mapping[str, Manifest], digest: str) -> list[str]:

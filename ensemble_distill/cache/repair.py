@@ -98,11 +98,15 @@ def _restore_lost(store: Store, mended: Mended) -> None:
     last = newest(store) if _is_lost(store) else None
     if last is None or last.manifest.plan != store.plan_digest():
         return
+    pages: dict[tuple[str, int], str | None] = {}  # of which a page of keys has a unit for each view and group
     with contextlib.suppress(Corrupt, Unsafe):
         for commit in map(Commits(store, last.plan, last.manifest).at, range(last.plan.units)):
-            shard = store.storage.size(f"objects/{commit.object}") == commit.size
+            if store.is_committed(commit.unit) or store.storage.size(f"objects/{commit.object}") != commit.size:
+                continue
             item, _ = last.plan.locate(commit.unit)
-            if shard and not store.is_committed(commit.unit) and keys_digest(store, item) == commit.keys:
+            if (page := page_of(commit.unit)) not in pages:
+                pages[page] = keys_digest(store, item)
+            if pages[page] == commit.keys:
                 with mended.attempt(mended.restored, f"commits/{commit.unit}.json"):
                     store.storage.create(f"commits/{commit.unit}.json", records.seal(commit))
 

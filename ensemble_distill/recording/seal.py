@@ -74,7 +74,7 @@ def remake(store: Store) -> bool:
                 for part in _commits(plan, store):
                     sealing.add(part)
                 made = sealing.manifest()
-                for parent in (None, *(name for name, m in manifests(store) if m.plan in plan.parents[-1:])):
+                for parent in (None, *(name for name, m in manifests(store) if m and m.plan in plan.parents[-1:])):
                     data = records.dump(made.model_copy(update={"parent": parent}))
                     if sha256(data) == current:
                         store.storage.replace(f"manifests/{current}.json", data)
@@ -101,7 +101,7 @@ def _grown_from(plan: Plan, digest: str, store: Store, current: str | None) -> s
     """
     if not plan.parents:
         return None
-    found = dict(manifests(store))
+    found = {name: manifest for name, manifest in manifests(store) if manifest is not None}
     again = [manifest.parent for manifest in found.values() if manifest.plan == digest and manifest.parent is not None]
     before = [name for name, manifest in found.items() if manifest.plan == plan.parents[-1]]
     if again or current in before or not before:
