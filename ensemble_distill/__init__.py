@@ -13,24 +13,14 @@ if TYPE_CHECKING:
     from ensemble_distill.codec import Dense, Members, Sampled, TopK, VarOpt
     from ensemble_distill.config import (
         CacheConfig,
-        ColorJitter,
-        Crop,
-        Custom,
-        CutMix,
         DataConfig,
         EnsembleConfig,
-        Erase,
-        Flip,
         Member,
-        Mixup,
         OptimizerConfig,
-        ResizedCrop,
-        Rotate,
         ScheduleConfig,
         Tap,
         TrainConfig,
-        ViewsConfig,
-    )  # fmt: skip
+    )
     from ensemble_distill.ensemble.distributions import LogProbs, TopKLogProbs
     from ensemble_distill.reduction import Attention, AttentionProbs, Random
     from ensemble_distill.schedules import Ramp, SwitchOff, WarmUp
@@ -57,6 +47,18 @@ if TYPE_CHECKING:
         Standardised,
         VariationalInformation,
     )
+    from ensemble_distill.transforms import (
+        ColorJitter,
+        Crop,
+        Custom,
+        CutMix,
+        Erase,
+        Flip,
+        Mixup,
+        ResizedCrop,
+        Rotate,
+        ViewsConfig,
+    )
 
 # Names are imported when they are used, so that `import ensemble_distill` does not import torch.
 _HOMES = {
@@ -64,9 +66,8 @@ _HOMES = {
     "cache.opening": ("open_cache",),
     "codec": ("Dense", "Members", "Sampled", "TopK", "VarOpt"),
     "config": (
-        "CacheConfig", "ColorJitter", "Crop", "Custom", "CutMix", "DataConfig", "EnsembleConfig", "Erase",
-        "Flip", "Member", "Mixup", "OptimizerConfig", "ResizedCrop", "Rotate",
-        "ScheduleConfig", "Tap", "TrainConfig", "ViewsConfig",
+        "CacheConfig", "DataConfig", "EnsembleConfig", "Member", "OptimizerConfig", "ScheduleConfig", "Tap",
+        "TrainConfig",
     ),
     "ensemble.distributions": ("LogProbs", "TopKLogProbs"),
     "reduction": ("Attention", "AttentionProbs", "Random"),
@@ -79,6 +80,9 @@ _HOMES = {
         "FeatureMatch", "HardLabels", "HeadAttention", "JensenShannon", "NeuronSelectivity",
         "ProbabilisticTransfer", "Relational", "ReverseKL", "SimilarityPreserving", "SoftTargets", "Standardised",
         "VariationalInformation",
+    ),
+    "transforms": (
+        "ColorJitter", "Crop", "Custom", "CutMix", "Erase", "Flip", "Mixup", "ResizedCrop", "Rotate", "ViewsConfig",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

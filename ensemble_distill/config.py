@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,171 +12,27 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from ensemble_distill.codec import Dense, FeatureValues, HeadCodec, Input, Members, TopK
 from ensemble_distill.errors import UsageError
-from ensemble_distill.frozen import Config
+from ensemble_distill.explain import explain, suggestion
+from ensemble_distill.frozen import Config, Name
 from ensemble_distill.reduction import Random, Take, title
 from ensemble_distill.terms import Term
+from ensemble_distill.transforms import ViewsConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
 Format = Literal["hdf5", "parquet"]
 Gives = Literal["all", "topk"]  # the classes that a member tells apart
 Tail = Literal["unknown", "uniform"]  # how the others are taken
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/@+= -]+$", max_length=200)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
 # Data: used by both stages --------------------------------------------------------------------------
-
-
-class Flip(Config):
-    """Mirror left to right with probability one half."""
-
-    kind: Literal["flip"] = "flip"
-
-
-class Crop(Config):
-    """Pad with zeros on all sides, then cut a window at a drawn position (``size`` pixels square)."""
-
-    kind: Literal["crop"] = "crop"
-    padding: int = Field(0, ge=0)
-    size: int | None = Field(None, ge=1)
-
-
-class Erase(Config):
-    """Random erasing (Zhong et al. 2020): with probability ``p`` fill a drawn rectangle."""
-
-    kind: Literal["erase"] = "erase"
-    p: float = Field(0.5, ge=0, le=1)
-    area: tuple[float, float] = (0.02, 0.3)
-    aspect: tuple[float, float] = (0.3, 3.3)
-    fill: float = 0
-
-
-def _rising(span: tuple[float, float]) -> tuple[float, float]:
-    if span[0] > span[1]:
-        raise ValueError(f"the first number must not be above the second, found {span}")
-    return span
-
-
-_Share = Annotated[float, Field(gt=0, le=1)]
-_Ratio = Annotated[float, Field(ge=0.01, le=100)]
-
-
-class Rotate(Config):
-    """Turn about the centre by an angle uniform in ±``degrees``, bilinear; ``fill`` is the pixel value around it."""
-
-    kind: Literal["rotate"] = "rotate"
-    degrees: float = Field(ge=0, le=180)
-    fill: float = Field(0, ge=0, le=255)
-
-
-class ColorJitter(Config):
-    """Brightness, contrast, saturation and hue, changed in this order by drawn amounts.
-
-    The first three are scaled by factors uniform in [max(0, 1 − x), 1 + x], hue is turned by a part of a full turn
-    uniform in [−x, x]. 0 leaves one as it is. Saturation and hue need three channels.
-    """
-
-    kind: Literal["color_jitter"] = "color_jitter"
-    brightness: float = Field(0, ge=0, le=100)
-    contrast: float = Field(0, ge=0, le=100)
-    saturation: float = Field(0, ge=0, le=100)
-    hue: float = Field(0, ge=0, le=0.5)
-
-
-class ResizedCrop(Config):
-    """Inception crop (Szegedy et al. 2015): cut a drawn rectangle and resize it to ``size`` pixels square, bilinear.
-
-    Its area is uniform in ``area`` (a share of the image), its aspect (width over height) log-uniform in
-    ``aspect``; it is clipped to the image.
-    """
-
-    kind: Literal["resized_crop"] = "resized_crop"
-    size: int = Field(ge=1, le=1 << 14)
-    area: Annotated[tuple[_Share, _Share], AfterValidator(_rising)] = (0.08, 1.0)
-    aspect: Annotated[tuple[_Ratio, _Ratio], AfterValidator(_rising)] = (3 / 4, 4 / 3)
-
-
-class Custom(Config):
-    """A transform of the user's own: ``function(images [B, C, H, W], u float64 [B, slots]) -> images``.
-
-    It must be a pure function of its arguments, and treat each row by itself: ``u`` holds all that is drawn, uniform
-    in [0, 1). A plan knows it by ``name`` and ``slots`` only, so give a function that was changed another name. What
-    was read back from a plan has no function.
-    """
-
-    kind: Literal["custom"] = "custom"
-    name: Name = Field(max_length=100)
-    slots: int = Field(ge=0, le=1024)
-    function: Callable[[Any, Any], Any] | None = Field(None, exclude=True, repr=False)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Custom) and (self.name, self.slots) == (other.name, other.slots)
-
-    def __hash__(self) -> int:
-        return hash((self.kind, self.name, self.slots))
-
-
-Transform = Annotated[
-    Flip | Crop | Erase | Rotate | ColorJitter | ResizedCrop | Custom,
-    Field(discriminator="kind"),
-]
-
-
-def named(transform: Transform) -> str:
-    """How messages call a transform: ``flip``, ``custom 'blur'``."""
-    return f"custom {transform.name!r}" if isinstance(transform, Custom) else transform.kind
-
-
-class Mixup(Config):
-    """Blend each sample with a partner: λ x + (1 − λ) x', λ from Beta(``alpha``, ``alpha``) (Zhang et al. 2018)."""
-
-    kind: Literal["mixup"] = "mixup"
-    alpha: float = Field(0.2, gt=0, le=1000)
-
-
-class CutMix(Config):
-    """Paste a rectangle of a partner into each sample, of a share 1 − λ of it before it is clipped to the image.
-
-    λ comes from Beta(``alpha``, ``alpha``) (Yun et al. 2019).
-    """
-
-    kind: Literal["cutmix"] = "cutmix"
-    alpha: float = Field(1.0, gt=0, le=1000)
-
-
-class ViewsConfig(Config):
-    """Deterministic views of each training sample: pure functions of (seed, key, view number).
-
-    View 0 is the sample as it is; the transforms draw the others. They act on the source's input named
-    ``input``, images [B, C, H, W]. ``mix`` then mixes each with another sample of the split, in the same view.
-    """
-
-    transforms: tuple[Transform, ...] = ()
-    seed: int = Field(0, ge=0, lt=2**32)
-    input: str = "image"
-    mix: Annotated[Mixup | CutMix, Field(discriminator="kind")] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Views that mix nothing do not speak of it: so plans from before there was ``mix`` are what they were."""
-        dumped: dict[str, Any] = handler(self)
-        if self.mix is None:
-            dumped.pop("mix", None)
-        return dumped
-
-    @property
-    def plain(self) -> bool:
-        """Whether all views show the sample as it is: then they differ in what a codec draws, and in nothing else."""
-        return not self.transforms and self.mix is None
 
 
 class DataConfig(Config):
@@ -441,48 +296,6 @@ def _replace(node: Any, path: list[str], value: Any, whole: str) -> Any:
         raise UsageError(f"--set {whole}: {inner + ': ' if inner else ''}{problem}") from error
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One sentence for the first thing that a config got wrong, with a suggestion for a misspelt field."""
-    first = error.errors()[0]
-    names = [str(part)[:100] for part in first["loc"]]
-    where = ".".join(name for name in names if "[" not in name) or model.__name__  # a type tried is no name: literal[…]
-    if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        fields = model.model_fields if len(first["loc"]) == 1 else _all_fields(model)
-        return f"{where}: {model.__name__} has no such field{suggestion(name, fields)}"
-    found = first["input"]
-    shown = repr(found)[:200] if isinstance(found, (int, float, bool, type(None))) else _short(found)
-    return f"{where}: {first['msg'].removeprefix('Value error, ')[:500]} (found {shown})"
-
-
-def _short(value: Any) -> str:
-    """A value as text, if that is no more than people read; else what it is. Whole lists may be huge."""
-    if isinstance(value, (str, bytes)):
-        return repr(value[:200])
-    if isinstance(value, (list, tuple, dict, set)):
-        return (
-            repr(value)
-            if len(value) <= 8 and len(str(type(value))) < 100
-            else f"a {type(value).__name__} of {len(value)}"
-        )
-    return repr(value)[:200]
-
-
-def _all_fields(model: type[BaseModel]) -> set[str]:
-    return {name for kind in Config.__subclasses__() for name in kind.model_fields} | set(model.model_fields)
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` or the list of what there is."""
-    known = list(known)
-    if len(name) > 100:
-        return ""
-    near = difflib.get_close_matches(name, known, 1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; there is {', '.join(map(repr, known[:8]))}" if known else ""
-
-
 def describe(value: Any) -> Any:
     """A configuration as JSON: functions by name, paths as text, sources by their length; not what plans leave out."""
     if isinstance(value, DataConfig):
@@ -500,19 +313,3 @@ def describe(value: Any) -> Any:
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value
-
-
-def difference(expected: Any, found: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """The first (field, expected, found) in which two JSON values differ, or None."""
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        for name in sorted(set(expected) | set(found)):
-            inner = f"{where}.{name}" if where else name
-            if (hit := difference(expected.get(name), found.get(name), inner)) is not None:
-                return hit
-        return None
-    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)) and len(expected) == len(found):
-        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-            if (hit := difference(a, b, f"{where}[{i}]")) is not None:
-                return hit
-        return None
-    return None if expected == found else (where, expected, found)

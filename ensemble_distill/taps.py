@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ensemble_distill.config import suggestion
 from ensemble_distill.errors import UsageError
+from ensemble_distill.explain import suggestion
 from ensemble_distill.reduction import Take, title
 from ensemble_distill.reductions import check_values, reduce
 

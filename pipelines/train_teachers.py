@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ensemble_distill.config import Crop, Erase, Flip, ViewsConfig
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.sources.views import render
+from ensemble_distill.transforms import Crop, Erase, Flip, ViewsConfig
 from parts.fashion_mnist import split
 from parts.resnet import ResNet
 from parts.vit import ViT

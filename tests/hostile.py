@@ -26,8 +26,9 @@ from small import file_of
 
 import ensemble_distill.formats.hdf5
 import ensemble_distill.formats.parquet  # noqa: F401  both before any fork
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.opening import open_cache
-from ensemble_distill.cache.plan import Group, Plan
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.verify import verify
 from ensemble_distill.codec import Dense, Features
 from ensemble_distill.errors import Error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensemble_distill.cache.plan import Capture, Group, Plan, Reading, Split, WorkItem
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Capture, Plan, Reading, Split, WorkItem
 from ensemble_distill.codec import Dense, Features
-from ensemble_distill.config import ViewsConfig
 from ensemble_distill.formats import encode
 from ensemble_distill.formats.layout import Segment
 from ensemble_distill.store.store import Store
+from ensemble_distill.transforms import ViewsConfig
 
 
 def a_plan(format: str = "hdf5", rows: int = 12, unit_rows: int = 4, views: int = 2, groups: int = 2) -> Plan:

@@ -20,7 +20,6 @@ from ensemble_distill.cache import cache as reading
 from ensemble_distill.cache.plan import Capture, Plan
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.samples import renderings
-from ensemble_distill.config import Mixup
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.recording.capture import Recorder
@@ -29,6 +28,7 @@ from ensemble_distill.sources import views
 from ensemble_distill.sources.arrays import ArraySource, Limited
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import Store, open_store
+from ensemble_distill.transforms import Mixup
 
 
 def lift(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

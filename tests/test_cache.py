@@ -20,7 +20,7 @@ from torch import nn
 import ensemble_distill as ed
 from ensemble_distill.cache.commits import held_plan
 from ensemble_distill.cache.samples import render_inputs
-from ensemble_distill.config import CacheConfig, DataConfig, OptimizerConfig, ScheduleConfig, ViewsConfig, override
+from ensemble_distill.config import CacheConfig, DataConfig, OptimizerConfig, ScheduleConfig, override
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member, structure_digest
 from ensemble_distill.errors import Interrupted, Mismatch, UsageError
@@ -36,6 +36,7 @@ from ensemble_distill.store.store import open_store
 from ensemble_distill.training import checkpoint
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
+from ensemble_distill.transforms import ViewsConfig
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ from faulty import (
     disk_images,
 )
 
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.cache.verify import Verdict, verify
 from ensemble_distill.errors import Error, StorageError
 from ensemble_distill.formats.layout import read_segments

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ensemble_distill.cache.plan import Group
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.codec import Features
 from ensemble_distill.codecs.features import decode, encode
 from ensemble_distill.errors import InvalidOutput

@@ -18,9 +18,10 @@ from small import a_plan, keys_of, put_item, rows_of
 from ensemble_distill.cache.collect import garbage, remove
 from ensemble_distill.cache.copy import Copied, copy
 from ensemble_distill.cache.decoded import Decoder
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.join import KeyTable
 from ensemble_distill.cache.opening import open_cache
-from ensemble_distill.cache.plan import Group, Plan
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.repair import repair
 from ensemble_distill.cache.sums import Sums
 from ensemble_distill.cache.verify import verify

@@ -13,7 +13,8 @@ from small import a_plan, put_item
 import ensemble_distill as ed
 from ensemble_distill.cache.commits import committed_units
 from ensemble_distill.cache.copy import copy
-from ensemble_distill.cache.plan import Group, Plan, head_of
+from ensemble_distill.cache.groups import Group, head_of
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.verify import verify
 from ensemble_distill.codec import Dense, Members, RowFigures
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError

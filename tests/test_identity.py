@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_distill.cache.join import KeyTable
-from ensemble_distill.config import Crop, Erase, Flip, ViewsConfig
 from ensemble_distill.errors import Mismatch
 from ensemble_distill.fingerprint import array_digest, canonical_json, sample_keys
 from ensemble_distill.philox import permutation, philox
 from ensemble_distill.sources.views import draw, render
+from ensemble_distill.transforms import Crop, Erase, Flip, ViewsConfig
 
 
 def test_philox_gives_the_published_vectors() -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import ensemble_distill as ed
-from ensemble_distill.cache.plan import PARTNER, TARGETS, Group, Plan
+from ensemble_distill.cache.groups import PARTNER, TARGETS, Group
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.codec import PartnerKey
 from ensemble_distill.config import describe
 from ensemble_distill.errors import Mismatch, UsageError

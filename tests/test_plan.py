@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import a_plan
 
-from ensemble_distill.cache.plan import Group, Plan, Split
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan, Split
 from ensemble_distill.codec import Dense, HeadCodec, Members, Sampled, TopK, VarOpt, resolved
 from ensemble_distill.codecs.heads import decode, encode
 from ensemble_distill.config import CacheConfig, Member, override

@@ -25,7 +25,8 @@ import ensemble_distill as ed
 from ensemble_distill import terms
 from ensemble_distill.cache.commits import check_layout
 from ensemble_distill.cache.decoded import Decoder
-from ensemble_distill.cache.plan import Group, Plan, Split
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan, Split
 from ensemble_distill.cache.ragged import Table, Tokens, read_table
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.codec import Features

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from small import a_plan, file_of, keys_of, put_item
 
 from ensemble_distill.cache.commits import check_layout, held_plan
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.partial import whole
-from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem, unit_rows
+from ensemble_distill.cache.plan import Plan, Split, WorkItem, unit_rows
 from ensemble_distill.cache.rows import Rows
 from ensemble_distill.cache.verify import verify
 from ensemble_distill.codec import Dense, Features, Members

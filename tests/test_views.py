@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 import ensemble_distill as ed
 from ensemble_distill.cache.renderings import Rendering
-from ensemble_distill.config import Transform, describe
+from ensemble_distill.config import describe
 from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sample_keys
 from ensemble_distill.recording.capture import Recorder
@@ -34,6 +34,7 @@ from ensemble_distill.sources import pixels, views
 from ensemble_distill.sources.views import audit, audit_differs, check_deterministic, render
 from ensemble_distill.store.leases import Leases
 from ensemble_distill.store.store import open_store
+from ensemble_distill.transforms import Transform
 
 
 def darken(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -13,27 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.audit import comparable, refuse_other_pixels
+from ensemble_distill.cache.alignment import Alignment
 from ensemble_distill.cache.commits import Commits
+from ensemble_distill.cache.groups import MAIN, ROW, TARGETS, Group, field_name, padded_arrays
 from ensemble_distill.cache.join import KeyTable
-from ensemble_distill.cache.labels import in_captured_order, other_label
 from ensemble_distill.cache.partial import LooseCommits, Part
-from ensemble_distill.cache.plan import MAIN, PARTNER, ROW, TARGETS, Calibration, Group, Plan, field_name, padded_arrays
+from ensemble_distill.cache.plan import Calibration, Plan
 from ensemble_distill.cache.rows import Rows
-from ensemble_distill.cache.samples import read, render_inputs, renderings
+from ensemble_distill.cache.samples import read, render_inputs
 from ensemble_distill.codec import Features, HeadCodec, Members, TopK
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.features import mask_of
 from ensemble_distill.codecs.heads import decode, with_figures, with_figures_of
-from ensemble_distill.config import DataConfig, EnsembleConfig, difference, suggestion
+from ensemble_distill.config import DataConfig, EnsembleConfig
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
-from ensemble_distill.fingerprint import KEY_BYTES, array_digest
+from ensemble_distill.explain import suggestion
+from ensemble_distill.fingerprint import KEY_BYTES
 from ensemble_distill.mixture import Mixture
 from ensemble_distill.philox import permutation
 from ensemble_distill.prefetch import prefetch
-from ensemble_distill.sources.arrays import Source, check_label_range
-from ensemble_distill.sources.loading import check_source, load
+from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.loading import load
 from ensemble_distill.sources.mixing import Partners, mixed
 from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.store import Store
@@ -84,13 +85,9 @@ class Cache:
         self.captured = Mixture(tuple((m.name, m.share) for m in members), reading.combine, reading.temperature_after)
         self.mixture = self.captured
         self._store, self._memory = store, memory
-        self._views = plan.reading.views
         self._rows = Rows(store, plan, commits, parts, memory)
         self._tables: dict[str, KeyTable] = {}
-        self._views_checked: set[str] = set()
-        self._sources: Mapping[str, Source] = {}
-        self._labels: dict[str, np.ndarray] = {}  # by split, where they are proved to be the captured ones: by row
-        self._sources_checked: set[tuple[str, int]] = set()
+        self._aligned = Alignment(self)
 
     def mixed(self, ensemble: EnsembleConfig) -> Cache:
         """The same cache, whose members are combined as ``ensemble`` says; nothing is read for it.
@@ -278,13 +275,8 @@ class Cache:
         ``workers`` threads read, hash and render ahead.
         """
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
-        self._know_labels(source, split)
         view = epoch % min(views or self.parts[split].views, self.parts[split].views)
-        if (split, id(source)) not in self._sources_checked:
-            check_source(source, split)
-            self._sources_checked.add((split, id(source)))
-        if view > 0 and split not in self._views_checked:
-            self.check_views(source, split)
+        self._aligned.source(source, split, view)
         order = self.positions(source, split)
         if shuffle:
             order = order[permutation(len(order), seed, epoch)]
@@ -297,17 +289,7 @@ class Cache:
 
         From then on batches are rendered with the pipeline's views: a Custom transform has its function there only.
         """
-        reading = self.plan.reading
-        expected = {"classes": list(reading.classes), "views": reading.views.model_dump(mode="json")}
-        found = {"classes": list(data.classes), "views": data.views.model_dump(mode="json")}
-        if (hit := difference(expected, found)) is not None:
-            field, old, new = hit
-            raise Mismatch(
-                f"{self.root} was captured with {field} = {old!r}, this pipeline says {new!r}",
-                hint=f"restore {field}, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
-            )
-        self._views, self._sources = data.views, data.sources
-        self._views_checked.clear()
+        self._aligned.pipeline(data)
 
     def check_views(self, source: Source, split: str = "train") -> None:
         """Refuse views that look otherwise than those that the ensemble saw (Mismatch), by a few samples.
@@ -315,93 +297,22 @@ class Cache:
         So a transform is found that was changed under its old name. Of a source whose first samples are others than
         the cache's, these cannot be compared, and a warning says so. The loader looks once, before it renders.
         """
-        if split not in self.parts or self.parts[split].views == 1 or self._views.plain:
-            return
-        rows, expected = self.plan.splits[split].rows, self.plan.capture.audit
-        made = renderings(source, self._views, sorted({entry.view for entry in expected}), rows)
-        same = comparable(expected, made)
-        if len(same) < len(expected):
-            log.warning("the first samples of %s are not the cache's: its views were not compared by pixels", split)
-        refuse_other_pixels(same, comparable(made, same), self.root)
-        self._views_checked.add(split)
+        self._aligned.pixels(source, split)
 
     def check_labels(self, source: Source, split: str) -> None:
-        """Refuse labels that changed since the capture. Another order or size of the source is no change.
+        """Refuse labels that changed since the capture (Mismatch). Another order or size of the source is no change.
 
-        Labels whose digest differs call for a look at every key, since only that tells a relabelled source (Mismatch)
-        from a reordered one: put back into the captured order, the labels of that have the captured digest.
+        Labels whose digest differs call for a look at every key, since only that tells a relabelled source from a
+        reordered one: put back into the captured order, the labels of that have the captured digest.
         """
-        check_label_range(source, split, len(self.plan.reading.classes))
-        self._know_labels(source, split)
-        spec = self.plan.splits.get(split) if split in self.parts else None
-        if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
-            return
-        if array_digest(source.labels) != spec.labels and self._relabelled(source, split, spec.labels):
-            raise Mismatch(
-                f"the labels of {split} are not those that {self.root} was captured with, sample by sample",
-                hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
-            )
-
-    def _know_labels(self, source: Source, split: str) -> None:
-        """Know the labels of a split as they were captured, if this source or the pipeline's has all in their order.
-
-        Their digest proves them, and by row they prove those of any part, whatever codec keeps the targets.
-        """
-        spec = self.plan.splits.get(split)
-        for some in (source, self._sources.get(split)):
-            if split in self._labels or spec is None or some is None or len(some) != spec.rows:
-                continue
-            if some.labels is not None and array_digest(some.labels) == spec.labels:
-                self._labels[split] = np.asarray(some.labels)
-
-    def _relabelled(self, source: Source, split: str, digest: str) -> bool:
-        """Whether samples of a source have other labels than when they were captured, as far as their keys can tell."""
-        looked_up = list(self._look_up(source, split))
-        if source.labels is None or all(np.array_equal(index, rows) for index, _, rows in looked_up):
-            return True
-        keys = np.concatenate([keys for _, keys, _ in looked_up])
-        back = in_captured_order(source.labels, keys, self.table(split).keys) if self.digest else None
-        if back is not None and array_digest(back.labels) == digest:
-            self._labels[split] = back.labels
-            return False
-        return back is not None and back.sure
-
-    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Mismatch where a model would be given its inputs in another order than the members were."""
-        if (expected := self.plan.reading.inputs) and tuple(inputs) != expected:
-            raise Mismatch(
-                f"{self.root} was captured with the inputs {', '.join(expected)}, the source gives {', '.join(inputs)}",
-                hint="restore their order in the source: a module is called with them one after another",
-            )
-
-    def _prove_labels(
-        self, targets: Targets, split: str, index: np.ndarray, rows: np.ndarray, keys: np.ndarray
-    ) -> None:
-        """Mismatch where a sample has another label than the one that was captured with it.
-
-        Where the captured labels are not known (of a part of the samples), what the ensemble gave to them decides.
-        """
-        if targets.labels is None:
-            return
-        held, labels = self._labels.get(split), targets.labels.numpy()
-        wrong = other_label(targets) if held is None else held[rows] != labels
-        for i in np.flatnonzero(wrong):
-            twins = self.table(split).twins(
-                keys[i]
-            )  # equal samples: whose label is whose is not known, and they have the same targets
-            if len(twins) > 1 and (held is None or labels[i] in held[twins]):
-                continue
-            raise Mismatch(
-                f"sample {index[i]} of {split} has another label than when {self.root} was captured",
-                hint="restore the labels, or capture again: ensemble-distill cache PIPELINE --out NEW_DIR",
-            )
+        self._aligned.labels(source, split)
 
     def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
         """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
-        own = [rows == index for index, _, rows in self._look_up(source, split, batch_size)]
+        own = [rows == index for index, _, rows in self.look_up(source, split, batch_size)]
         return np.concatenate(own) if own else np.empty(0, bool)
 
-    def _look_up(
+    def look_up(
         self, source: Source, split: str, batch_size: int = 4096
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of all samples that this cache can serve, batch by batch: positions, keys, and their rows (or Mismatch)."""
@@ -415,28 +326,14 @@ class Cache:
         inputs, labels, keys = read(source, index)
         rows = self.table(split).rows(keys, index)
         targets = replace(self.targets_at(rows, view, split=split, taps=taps), labels=labels)
-        self._check_inputs(inputs)
-        self._prove_labels(targets, split, index, rows, keys)
-        inputs = render_inputs(inputs, keys, self._views, view)
-        inputs, partners = mixed(inputs, keys, source, self._views, view, self.plan.splits[split].rows)
+        aligned = self._aligned
+        aligned.inputs(inputs)
+        aligned.labels_of(targets, split, index, rows, keys)
+        inputs = render_inputs(inputs, keys, aligned.views, view)
+        inputs, partners = mixed(inputs, keys, source, aligned.views, view, self.plan.splits[split].rows)
         if partners is not None:
-            self._prove(partners, split, view, rows, index)
+            aligned.partners(partners, split, view, rows, index)
         return Batch(inputs, labels, targets, keys, index, view, partners)
-
-    def _prove(self, partners: Partners, split: str, view: int, rows: np.ndarray, index: np.ndarray) -> None:
-        """Refuse partners that are not those that the ensemble saw (Mismatch): the rows hold the keys of these."""
-        for group in self.plan.said:  # each group of members was captured by itself, and may be of others
-            expected = self._arrays(group, split, view, rows)[PARTNER][""].numpy()
-            wrong = np.flatnonzero((expected != partners.keys).any(axis=1))
-            if not wrong.size:
-                continue
-            i = int(wrong[0])
-            raise Mismatch(
-                f"the views of {self.root} mix samples, so {split} must be in the captured order: "
-                f"sample {index[i]} was mixed in view {view} with row {partners.rows[i]}, "
-                f"of key {expected[i].tobytes().hex()}, and the source has {partners.keys[i].tobytes().hex()} there",
-                hint="restore the source, or capture it as it is now: ensemble-distill cache PIPELINE --out NEW_DIR",
-            )
 
     def _key_page(self, split: str, page: int) -> np.ndarray:
         item = self.plan.item(self.plan.number(split, 0, page))

@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ensemble_distill.cache.plan import Group, Plan, field_name, padded_arrays
+from ensemble_distill.cache.groups import Group, field_name, padded_arrays
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.cache.ragged import read_table
 from ensemble_distill.codec import Features, HeadCodec, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs.domain import BadRow, check_figures

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 
-from ensemble_distill.cache.plan import Group
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.errors import Unsafe
 from ensemble_distill.store.records import Commit
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from ensemble_distill.cache.plan import Plan, Split
-from ensemble_distill.config import difference
 from ensemble_distill.errors import Corrupt
+from ensemble_distill.explain import difference
 from ensemble_distill.store.store import MEND, Store
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan
-from ensemble_distill.cache.plan import Group, Plan, Split, WorkItem
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan, Split, WorkItem
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.store.records import Commit
 from ensemble_distill.store.store import Store

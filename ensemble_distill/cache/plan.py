@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -18,20 +18,20 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from ensemble_distill.cache.groups import MAIN, PARTNER, TARGETS, Group, head_of, members_of
 from ensemble_distill.cache.renderings import Renderings
-from ensemble_distill.codec import AnyCodec, Arrays, Features, HeadCodec, Members, PartnerKey, TopK
-from ensemble_distill.config import Format, Gives, Name, Tail, Version, ViewsConfig
+from ensemble_distill.codec import HeadCodec, Members, PartnerKey, TopK
+from ensemble_distill.config import Format, Gives, Tail, Version
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
-from ensemble_distill.frozen import Config, without_empty
+from ensemble_distill.frozen import Config, Name, without_empty
 from ensemble_distill.store.records import PAGE_UNITS
 from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
+from ensemble_distill.transforms import ViewsConfig
 
-TARGETS, MAIN, ROW, PARTNER = "targets", "main", "row", "partner"
 MIN_UNIT_ROWS = 1024
 MAX_UNIT_BYTES = 64 << 20
 MAX_ROWS = 1 << 48
-MAX_ROW_BYTES = 1 << 28
 MAX_SHARD = 256 << 20
 MAX_UNITS = 1 << 28
 MAX_APPENDS = 256
@@ -40,107 +40,6 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], FailFast(), Field(max_length=1 << 16)]
 
 _UNIT = re.compile(r"(\w+)-v([0-9]{6,8})-([0-9]{8,15})\.([A-Za-z0-9_.]+)", re.ASCII)
-
-
-class FieldSpec(Config):
-    """One named array of a row: numpy dtype (little-endian) and shape without the row axis."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_./]+$", max_length=200)
-    dtype: Literal["<f2", "<u2", "<u4", "|i1", "|u1"]
-    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROW_BYTES)], ...], Field(max_length=8)]
-
-
-class Group(Config):
-    """Fields captured and read together: one shard and one commit for each work item.
-
-    codecs: by head or tap (``main``, ``row``, ``tap/<member>.<module>``); the fields are the arrays that they make.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)
-    codecs: Annotated[dict[str, AnyCodec], Field(min_length=1, max_length=64)]
-    fields: Annotated[tuple[FieldSpec, ...], Field(min_length=1, max_length=1024)]
-
-    @classmethod
-    def of(cls, name: str, codecs: dict[str, AnyCodec]) -> Group:
-        """The group of these codecs."""
-        return cls(name=name, codecs=codecs, fields=_fields_of(codecs))
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        """The record of one row, padded as C would."""
-        return np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
-
-    @cached_property
-    def ragged(self) -> Features | None:
-        """The codec of a ragged feature, which has a group for itself; None where rows are all that there is."""
-        codecs = [c for c in self.codecs.values() if isinstance(c, Features) and c.mask is not None]
-        return codecs[0] if codecs else None
-
-    @cached_property
-    def token_fields(self) -> tuple[FieldSpec, ...]:
-        """What a token of the ragged feature has: one array; empty without one."""
-        return () if self.ragged is None else _fields_of({next(iter(self.codecs)): self.ragged}, Features.token)
-
-    @cached_property
-    def token(self) -> np.dtype | None:
-        """The record of one token of the ragged feature."""
-        fields = [(f.name, f.dtype, f.shape) for f in self.token_fields]
-        return np.dtype(fields, align=True) if fields else None
-
-    @cached_property
-    def padded(self) -> np.dtype:
-        """The record of one row as readers are handed it: that of ``dtype``, or a ragged one with all its tokens."""
-        if self.ragged is None:
-            return self.dtype
-        fields = _fields_of({next(iter(self.codecs)): self.ragged}, Features.padded)
-        return np.dtype([(f.name, f.dtype, f.shape) for f in fields], align=True)
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a row; 0 without a ragged feature."""
-        return 0 if self.ragged is None else self.ragged.dims[0]
-
-    @property
-    def row_bytes(self) -> int:
-        """What a row takes; at most, where it is ragged."""
-        return self.dtype.itemsize + (0 if self.token is None else self.most_tokens * self.token.itemsize)
-
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
-        if self.fields != _fields_of(self.codecs):
-            raise ValueError(f"the fields of group {self.name!r} are not the arrays of its codecs")
-        if len({f.name for f in self.fields}) < len(self.fields):
-            raise ValueError("two fields have the same name")
-        if self.ragged is not None and len(self.codecs) > 1:
-            raise ValueError(f"group {self.name!r} holds a ragged feature, and more")
-        size = sum(math.prod(f.shape) * 8 for f in self.fields)
-        if not 0 < size <= 8 * MAX_ROW_BYTES:
-            raise ValueError(f"a row of group {self.name!r} would take {size} bytes")
-        return self
-
-
-def _fields_of(
-    codecs: Mapping[str, Any], arrays: Callable[[Any], Arrays] = lambda codec: codec.arrays()
-) -> tuple[FieldSpec, ...]:
-    return tuple(
-        FieldSpec(name=field_name(head, name), dtype=dtype, shape=shape)
-        for head, codec in sorted(codecs.items())  # as canonical JSON has them
-        for name, (dtype, shape) in arrays(codec).items()
-    )
-
-
-def _members(group: Group) -> tuple[str, ...]:
-    codec = group.codecs[MAIN]
-    return codec.members if isinstance(codec, Members) else ()
-
-
-def padded_arrays(codec: AnyCodec) -> Arrays:
-    """What a row is decoded from."""
-    return codec.padded() if isinstance(codec, Features) else codec.arrays()
-
-
-def field_name(head: str, array: str) -> str:
-    return f"{head}/{array}" if array else head
 
 
 class Split(Config):
@@ -321,7 +220,7 @@ class Plan(Config):
                 f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
             )
         if isinstance(head := self.head, Members):
-            self._check_members(head)
+            self._checkmembers_of(head)
         if self.mixes and not isinstance(self.group(TARGETS).codecs.get(PARTNER), PartnerKey):
             raise ValueError(f"its views mix samples, and group {TARGETS!r} holds no keys of partners")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
@@ -329,7 +228,7 @@ class Plan(Config):
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
         return self
 
-    def _check_members(self, codec: Members) -> None:
+    def _checkmembers_of(self, codec: Members) -> None:
         """ValueError unless the members that the codec keeps are those captured, and can be combined as is said."""
         names, reading = tuple(member.name for member in self.capture.members), self.reading
         if not names or codec.members != names or len(set(names)) < len(names):
@@ -374,7 +273,7 @@ class Plan(Config):
         """The same when this group of predictions was captured, before the members of later groups were appended."""
         said = self.said
         first = [g.name for g in said].index(group) + 1
-        later = {name for g in said[first:] for name in _members(g)}
+        later = {name for g in said[first:] for name in members_of(g)}
         return tuple(name for name in self.predictors if name not in later)
 
     def shares_by(self, group: str) -> dict[str, float]:
@@ -492,23 +391,6 @@ class Plan(Config):
     def bytes_per_row(self) -> int:
         """At most, where there are ragged features."""
         return sum(group.row_bytes for group in self.groups)
-
-
-def head_of(groups: Sequence[Group]) -> HeadCodec:
-    """How groups of predictions keep them together; ValueError where they do not fit."""
-    codecs = [group.codecs[MAIN] for group in groups]
-    first = codecs[0] if codecs else None
-    if not isinstance(first, HeadCodec):
-        raise ValueError(f"{MAIN!r} is kept as {first and first.name}")
-    if len(codecs) == 1:
-        return first
-    parts = [codec for codec in codecs if isinstance(codec, Members)]
-    if len(parts) < len(codecs) or any(part.inner != parts[0].inner for part in parts):
-        raise ValueError("the groups of targets keep their members in different ways")
-    members = tuple(name for part in parts for name in part.members)
-    if len(set(members)) < len(members):
-        raise ValueError("a member is kept in two groups")
-    return Members(inner=parts[0].inner, members=members)
 
 
 def unit_rows(rows: int, row_bytes: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble_distill.cache.plan import Group
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.formats.layout import read_segments, read_tokens
 from ensemble_distill.store.records import Commit

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.partial import LooseCommits, Part
-from ensemble_distill.cache.plan import MAX_UNIT_BYTES, Group, Plan, WorkItem
+from ensemble_distill.cache.plan import MAX_UNIT_BYTES, Plan, WorkItem
 from ensemble_distill.cache.ragged import Table, read_table
 from ensemble_distill.codecs.domain import BadRow
 from ensemble_distill.errors import Corrupt, UsageError

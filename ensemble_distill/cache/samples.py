@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.renderings import Rendering
-from ensemble_distill.config import ViewsConfig, suggestion
 from ensemble_distill.errors import UsageError
+from ensemble_distill.explain import suggestion
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.sources.loading import load
 from ensemble_distill.sources.mixing import mixed
 from ensemble_distill.sources.views import AUDIT_ROWS, audited, render
+from ensemble_distill.transforms import ViewsConfig
 
 
 def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ensemble_distill.cache.plan import MAIN, TARGETS, Group, Plan, WorkItem
+from ensemble_distill.cache.groups import MAIN, TARGETS, Group
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.store.records import Manifest

@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 
 from ensemble_distill.cache.commits import Commits, check_layout, check_plan, check_size, held_plan, plan_in_force
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import put_back
-from ensemble_distill.cache.plan import Calibration, Group, Plan, WorkItem
+from ensemble_distill.cache.plan import Calibration, Plan, WorkItem
 from ensemble_distill.cache.sums import Sums, contradiction
 from ensemble_distill.errors import Corrupt, Error, Unsafe
 from ensemble_distill.formats.layout import read_segments, read_tokens

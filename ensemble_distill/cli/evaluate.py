@@ -41,7 +41,6 @@ def command(
     from ensemble_distill.cli.pipeline import Pipeline, sources
     from ensemble_distill.cli.reading import opened
     from ensemble_distill.cli.show import scores
-    from ensemble_distill.config import suggestion
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.evaluate import (
@@ -53,6 +52,7 @@ def command(
         run_ensemble,
         run_manifest,
     )
+    from ensemble_distill.explain import suggestion
 
     console = ui.Console(common.quiet or as_json)
     loaded = Pipeline(pipeline)

@@ -38,9 +38,9 @@ def command(
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.pipeline import Pipeline, sources
     from ensemble_distill.cli.reading import opened
-    from ensemble_distill.config import suggestion
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.fit_weights import fit_weights
+    from ensemble_distill.explain import suggestion
 
     console = ui.Console(common.quiet, aside=as_json)
     cache = opened(cache_path, reading)

@@ -108,8 +108,8 @@ def _samples(
 
 def _split(held: Any, split: str | None) -> str:
     """The split that was asked for: ``test``, or else the first, where none was."""
-    from ensemble_distill.config import suggestion
     from ensemble_distill.errors import UsageError
+    from ensemble_distill.explain import suggestion
 
     chosen = split or ("test" if "test" in held.parts else next(iter(held.parts)))
     if chosen not in held.parts:
@@ -125,10 +125,10 @@ def _plot(held: Any, statistics: dict[str, Any], picture: str, split: str | None
 
 
 def _show(console: Any, held: Any, plan: Any, manifest: Any) -> None:
-    from ensemble_distill.cache.plan import field_name
+    from ensemble_distill.cache.groups import field_name
     from ensemble_distill.cli import console as ui
     from ensemble_distill.cli.show import show_calibration, show_statistics, show_tail, show_taps, taught_by
-    from ensemble_distill.config import named
+    from ensemble_distill.transforms import named
 
     reading, capture = plan.reading, plan.capture
     console.say(f"{held.root}: {manifest.rows:,} rows, {manifest.units} {plan.format} units, {ui.size(manifest.bytes)}")

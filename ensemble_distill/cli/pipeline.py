@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ensemble_distill.config import CacheConfig, DataConfig, TrainConfig, explain, override, suggestion
+from ensemble_distill.config import CacheConfig, DataConfig, TrainConfig, override
 from ensemble_distill.errors import Error, UsageError
+from ensemble_distill.explain import explain, suggestion
 from ensemble_distill.frozen import Config
 from ensemble_distill.sources.arrays import Limited, Source
 

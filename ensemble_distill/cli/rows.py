@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_distill.cache.cache import Cache
-from ensemble_distill.cache.plan import MAIN, ROW
+from ensemble_distill.cache.groups import MAIN, ROW
 from ensemble_distill.cli import console as ui
 from ensemble_distill.codec import Members
 from ensemble_distill.codecs.heads import decode

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ensemble_distill.config import Tap, suggestion
+from ensemble_distill.config import Tap
 from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.explain import suggestion
 from ensemble_distill.projection import Projector, distortion
 
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache
 from ensemble_distill.cache.samples import read
-from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig, difference
+from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig
 from ensemble_distill.device import place, upload
 from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.explain import difference
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source

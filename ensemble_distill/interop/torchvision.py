@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ensemble_distill.config import Custom
 from ensemble_distill.interop.attention import ExplicitAttention
 from ensemble_distill.interop.names import numbered, present, under, unknown
+from ensemble_distill.transforms import Custom
 
 Model = TypeVar("Model", bound=nn.Module)
 

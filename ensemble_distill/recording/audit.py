@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.cache.cache import Cache
-from ensemble_distill.cache.plan import MAIN, Plan, field_name
+from ensemble_distill.cache.groups import MAIN, field_name
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.codec import Dense, Features, HeadCodec, Members, TopK, VarOpt
 from ensemble_distill.codecs.features import decode as decode_feature
 from ensemble_distill.codecs.features import spread

@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ensemble_distill.cache.groups import MAIN, ROW, Group
 from ensemble_distill.cache.growth import contradicts
-from ensemble_distill.cache.plan import MAIN, ROW, Group, Plan, Split
+from ensemble_distill.cache.plan import Plan, Split
 from ensemble_distill.codec import Dense, Members, RowFigures
-from ensemble_distill.config import explain
 from ensemble_distill.errors import Mismatch, UsageError
+from ensemble_distill.explain import explain
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.sources.arrays import Source
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.plan import Group, Plan, WorkItem, field_name
+from ensemble_distill.cache.groups import Group, field_name
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.cache.ragged import Tokens, unpacked
 from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads

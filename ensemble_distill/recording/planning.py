@@ -12,31 +12,19 @@ from torch import Tensor
 
 from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
 from ensemble_distill.cache.commits import check_sealed
+from ensemble_distill.cache.groups import MAIN, PARTNER, ROW, TARGETS, Group
 from ensemble_distill.cache.history import newest, put_back
-from ensemble_distill.cache.plan import (
-    MAIN,
-    MAX_SHARD,
-    PARTNER,
-    ROW,
-    TARGETS,
-    Calibration,
-    Capture,
-    Group,
-    MemberIdentity,
-    Plan,
-    Reading,
-    Split,
-    unit_rows,
-)
+from ensemble_distill.cache.plan import MAX_SHARD, Calibration, Capture, MemberIdentity, Plan, Reading, Split, unit_rows
 from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering, Renderings
 from ensemble_distill.cache.samples import read, renderings, viewed
 from ensemble_distill.codec import Features, PartnerKey, RowFigures, Sampled, VarOpt, resolved
-from ensemble_distill.config import CacheConfig, DataConfig, Precision, difference, suggestion
+from ensemble_distill.config import CacheConfig, DataConfig, Precision
 from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_members
 from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.explain import difference, suggestion
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on

@@ -12,11 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ensemble_distill.cache.plan import Group, Plan
+from ensemble_distill.cache.groups import Group
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.codec import Features, HeadCodec
-from ensemble_distill.config import CacheConfig, DataConfig, explain
+from ensemble_distill.config import CacheConfig, DataConfig
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.errors import UsageError
+from ensemble_distill.explain import explain
 from ensemble_distill.formats import encode
 from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.offers import as_written, default_sizes, name_of, offers, size_of

@@ -16,7 +16,8 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 
-from ensemble_distill.cache.plan import MAIN, TARGETS, Plan, WorkItem, field_name
+from ensemble_distill.cache.groups import MAIN, TARGETS, field_name
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.codec import Features, HeadCodec
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.device import memory_errors

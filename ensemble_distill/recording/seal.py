@@ -14,9 +14,10 @@ import numpy as np
 from pydantic_core import from_json
 
 from ensemble_distill.cache.commits import check_sealed, committed_units, held_plan, missing
+from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import Sealed, is_whole, manifests
-from ensemble_distill.cache.plan import Group, Plan, WorkItem
+from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.cache.sums import Sums
 from ensemble_distill.errors import Corrupt, Mismatch, Unsafe
 from ensemble_distill.fingerprint import sha256

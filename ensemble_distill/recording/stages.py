@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.cache.plan import MAIN, Group, Plan, field_name, head_of
+from ensemble_distill.cache.groups import MAIN, Group, field_name, head_of
+from ensemble_distill.cache.plan import Plan
 from ensemble_distill.codec import HeadCodec, Members
 from ensemble_distill.codecs import heads
 from ensemble_distill.ensemble.ensemble import Ensemble, Ran

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from ensemble_distill.codec import Features
-from ensemble_distill.config import Tap, explain
+from ensemble_distill.config import Tap
 from ensemble_distill.errors import UsageError
+from ensemble_distill.explain import explain
 from ensemble_distill.reduction import channel_axis
 
 

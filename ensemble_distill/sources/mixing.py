@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.config import Mixup, ViewsConfig
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.sources.loading import load
 from ensemble_distill.sources.pixels import mixup
 from ensemble_distill.sources.views import draw, render
+from ensemble_distill.transforms import Mixup, ViewsConfig
 
 _STREAM = 0x3C6EF372
 _SLOTS = 6

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from ensemble_distill.config import ColorJitter, ResizedCrop, Rotate
 from ensemble_distill.errors import UsageError
+from ensemble_distill.transforms import ColorJitter, ResizedCrop, Rotate
 
 _BITS = 16
 _GRID = 1 << _BITS  # positions in a pixel

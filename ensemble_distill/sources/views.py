@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble_distill.config import (
+from ensemble_distill.errors import UsageError
+from ensemble_distill.philox import philox
+from ensemble_distill.sources.pixels import color_jitter, resized_crop, rotate
+from ensemble_distill.transforms import (
     ColorJitter,
     Crop,
     Custom,
@@ -30,9 +33,6 @@ from ensemble_distill.config import (
     ViewsConfig,
     named,
 )
-from ensemble_distill.errors import UsageError
-from ensemble_distill.philox import philox
-from ensemble_distill.sources.pixels import color_jitter, resized_crop, rotate
 
 MAX_SLOTS = 1024
 ALONE_ROWS = 8

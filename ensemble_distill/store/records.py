@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import FailFast, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from ensemble_distill.config import explain
 from ensemble_distill.errors import Corrupt, Mismatch
+from ensemble_distill.explain import explain
 from ensemble_distill.fingerprint import canonical_json, sha256
 from ensemble_distill.formats.layout import Segment
 from ensemble_distill.frozen import Config, without_empty

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Batch, Cache
-from ensemble_distill.config import DataConfig, TrainConfig, describe, difference
+from ensemble_distill.config import DataConfig, TrainConfig, describe
 from ensemble_distill.device import Resolved, choose_precision, memory_errors, place
 from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.explain import difference
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.prefetch import timed
 from ensemble_distill.provenance import provenance
