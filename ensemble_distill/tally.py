@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ensemble_distill.fingerprint import canonical_json
+
 BINS = 15
 ENTROPY_BINS = 20
 # Pairs, classes and bins by predictor are kept where they are no more numbers than this.
@@ -197,6 +199,21 @@ def state_bytes(names: Sequence[str], classes: int) -> int:
     numbers = [sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (counts, sums)]
     labels = sum(len(name) + 3 for name in names) + sum(len(name) + 6 for name in (*counts, *sums))
     return numbers[0] * COUNT_BYTES + numbers[1] * SUM_BYTES + labels + 32
+
+
+def report_bytes(names: Sequence[str], classes: int) -> int:
+    """The most bytes that the ``report`` of a split takes as JSON."""
+    full = Tally.empty(names, classes)
+    for held in full.sums.values():
+        held += 1  # so that nothing is left out of it
+    report = full.report()
+    return len(canonical_json(report)) + SUM_BYTES * _numbers_in(report)
+
+
+def _numbers_in(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_numbers_in, value.values()))
+    return sum(map(_numbers_in, value)) if isinstance(value, list) else 1
 
 
 def calibration_error(bins: np.ndarray) -> float:

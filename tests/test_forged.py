@@ -29,6 +29,7 @@ from ensemble_distill.codec import Dense, Members, PartnerKey, RowFigures, TopK
 from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, StorageError, Unsafe, UsageError
 from ensemble_distill.evaluation.evaluate import evaluate
 from ensemble_distill.fingerprint import canonical_json
+from ensemble_distill.provenance import MAX_PROVENANCE, provenance
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.sources.arrays import ArraySource
 from ensemble_distill.store import records
@@ -498,6 +499,27 @@ def test_a_manifest_lists_so_many_values_of_its_provenance_and_no_more(tmp_path:
         sums.add(item, plan.groups[0], commit)
     report = sums.manifest("0" * 64, ()).provenance
     assert report["by"] == list(range(1000)) and report["time"] == ["0000", "1199"]
+
+
+def test_a_manifest_lists_so_many_bytes_of_its_provenance_and_no_more(tmp_path: Path) -> None:
+    plan = a_plan(rows=200, unit_rows=1, views=1, groups=1)
+    sums = Sums(plan, "here")
+    for number, item in enumerate(plan.items()):
+        provenance = {"command": f"{number:04}" * 3000, "time": f"{number:04}"}
+        commit = {"content": "", "keys": "", "size": 1, "statistics": None, "provenance": provenance}
+        sums.add(item, plan.groups[0], commit)
+    listed = sums.manifest("0" * 64, ()).provenance["command"]
+    assert len(listed) == (1 << 20) // 12002 < 200
+
+
+@pytest.mark.parametrize("words", [["--out", b"caf\xe9".decode(errors="surrogateescape")], ["--set", "x" * 100_000]])
+def test_a_command_is_recorded_as_text_that_a_commit_can_hold(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ensemble-distill", "cache", "digits.py", *words])
+    found = provenance()
+    assert found["command"].startswith("ensemble-distill cache digits.py --")
+    assert len(canonical_json(found)) < MAX_PROVENANCE and ("caf\\xe9" in found["command"]) == (words[0] == "--out")
 
 
 @pytest.mark.parametrize(

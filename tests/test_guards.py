@@ -20,6 +20,7 @@ from ensemble_distill.codec import Dense, Members, RowFigures
 from ensemble_distill.errors import Corrupt, Mismatch, UsageError
 from ensemble_distill.recording.seal import seal
 from ensemble_distill.recording.taps import feature_codec
+from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import Store
 
@@ -97,6 +98,54 @@ def test_no_samples_are_appended_to_views_that_mix(cli: Cli) -> None:
     cli.change("slice(0, 1000)", "slice(0, 700)", to="fewer.py")
     cli("cache", "fewer.py", "--out", "c")
     assert "no samples can be appended" in cli("append", "digits.py", "--cache", "c", code=2).stderr
+
+
+MANY = """
+import torch
+import ensemble_distill as ed
+from digits import CLASSES, Net, arrays
+
+def data():
+    images, labels = arrays()
+    source = ed.ArraySource({{"image": images[:8]}}, labels[:8])
+    return ed.DataConfig(sources={{f"c{{i}}": source for i in range({splits})}}, classes=CLASSES)
+
+def net():
+    torch.manual_seed(0)
+    return Net(4)
+
+def cache():
+    members = tuple(ed.Member(name=f"m{{i}}", build=net, version="1") for i in range({members}))
+    return ed.CacheConfig(members=members, precision="fp32")
+"""
+
+
+@pytest.mark.parametrize(
+    ("splits", "members", "message"),
+    [
+        (97, 60, "60 members, 97 splits and 10 classes: the manifest, with the statistics of each split, would take"),
+        (1025, 1, "this cannot be captured into one cache (splits: "),
+    ],
+)
+def test_a_capture_that_nobody_could_read_is_refused_before_it_begins(
+    cli: Cli, splits: int, members: int, message: str
+) -> None:
+    (cli.folder / "many.py").write_text(MANY.format(splits=splits, members=members))
+    assert message in cli("cache", "many.py", "--out", "c", code=2).stderr
+    assert not list((cli.folder / "c").glob("[Ppc]*"))
+
+
+def test_records_that_nobody_would_read_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = sealed(tmp_path, a_plan())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    manifest = store.manifest(str(store.current())).model_copy(update={"rows": 13})
+    monkeypatch.setattr(records, "MAX_MANIFEST", 100)
+    with pytest.raises(UsageError, match=r"its manifest would take [0-9]+ bytes, at most 100 are read"):
+        store.put_manifest(manifest)
+    monkeypatch.setattr(records, "MAX_PLAN", 100)
+    with pytest.raises(UsageError, match="its plan would take"):
+        store.put_plan(a_plan(rows=16), str(store.plan_digest()))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("shape", [(0,), ((1 << 27) + 1,), (1 << 14, 1 << 14)])

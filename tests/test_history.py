@@ -144,6 +144,73 @@ def test_what_was_sealed_last_and_is_not_whole_is_appended_again_or_given_up(
     assert store.plan_digest() == pointers[2][0] and verify(store).ok
 
 
+@pytest.mark.parametrize("name", ["CURRENT", "manifest"])
+def test_of_two_plans_that_were_appended_under_the_one_that_has_grown_most_is_put_back(
+    grown: tuple[Store, list[tuple[str, str]]], name: str
+) -> None:
+    """PLAN was put back to the first, and a digit of CURRENT is wrong, or the manifest that it names is lost."""
+    store, pointers = grown
+    point(store, PLAN=pointers[0][0], CURRENT="0" * 64 if name == "CURRENT" else pointers[2][1])
+    if name == "manifest":
+        store.storage.remove(f"manifests/{pointers[2][1]}.json")
+        assert remake(store)  # of a plan that PLAN does not lead to
+    mend(store)
+    assert store.plan_digest() == pointers[2][0]
+    if name == "CURRENT":
+        assert store.current() is None  # it is sealed again, by `repair` of the command line
+        seal(store.plan(pointers[2][0], Plan), pointers[2][0], store)
+    assert store.current() == pointers[2][1] and verify(store).ok
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> tuple[Store, list[str], str]:
+    """A store that was sealed, and again after a unit was captured anew, with other bits; both seals, and that unit."""
+    store, plan = a_store(tmp_path / "c"), a_plan()
+    digest = put(store, plan)
+    first, unit = seal(plan, digest, store), plan.unit_name(1)
+    item, group = plan.locate(unit)
+    keys, rows = store.commit(unit).keys, rows_of(plan, item, group)
+    rows[group.fields[0].name] += 1
+    for name in (f"commits/{unit}.json", "CURRENT"):
+        store.storage.remove(name)
+    store.put_unit(digest, unit, rows, plan.format, keys, None, {"by": "", "time": "2027"})
+    return store, [first, seal(plan, digest, store)], unit
+
+
+@pytest.mark.parametrize("older_first", [False, True])
+def test_of_two_seals_of_one_plan_that_of_the_commits_is_the_last(
+    twice: tuple[Store, list[str], str], monkeypatch: pytest.MonkeyPatch, older_first: bool
+) -> None:
+    store, seals, _ = twice
+    there = {name: store.storage.read(name) for name in store.storage.list("commits")}
+    point(store, CURRENT=None)
+    order = [f"manifests/{digest}.json" for digest in (seals if older_first else reversed(seals))]
+    listed = store.storage.list
+    monkeypatch.setattr(store.storage, "list", lambda name: iter(order) if name == "manifests" else listed(name))
+    assert verify(store).waiting == seals[1]
+    mend(store)
+    assert store.current() == seals[1] and verify(store).ok
+    assert {name: store.storage.read(name) for name in store.storage.list("commits")} == there
+
+
+def test_of_two_seals_of_one_plan_none_is_guessed_where_the_commits_do_not_tell(
+    twice: tuple[Store, list[str], str],
+) -> None:
+    store, _, unit = twice
+    point(store, CURRENT=None)
+    store.storage.remove(f"commits/{unit}.json")
+    with pytest.raises(Corrupt, match="do not tell which was last"):
+        mend(store)
+
+
+def test_a_last_seal_that_is_not_whole_is_not_exchanged_for_the_one_before(twice: tuple[Store, list[str], str]) -> None:
+    store, _, unit = twice
+    point(store, CURRENT=None)
+    store.storage.remove(f"objects/{store.commit(unit).object}")
+    mended = mend(store)
+    assert mended.dropped == [unit] and store.current() is None
+
+
 class Sealing(LocalStorage):
     """Whose CURRENT moves when it was read a few times: somebody seals just now."""
 

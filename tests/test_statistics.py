@@ -33,7 +33,7 @@ from ensemble_distill.recording.fidelity import fidelity
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.records import MAX_COMMIT, PAGE_UNITS
 from ensemble_distill.store.store import Store
-from ensemble_distill.tally import BINS, FIDELITY, MAX_NUMBERS, MAX_STATE_BYTES, Tally, state_bytes
+from ensemble_distill.tally import BINS, FIDELITY, MAX_NUMBERS, MAX_STATE_BYTES, Tally, report_bytes, state_bytes
 from ensemble_distill.targets import Targets
 
 # Statistics -----------------------------------------------------------------------------------------
@@ -199,6 +199,20 @@ def test_statistics_stay_within_what_the_plan_allows_a_commit(members: int, clas
     predictors = members + 1
     assert tally.holds("class_rows") == (predictors * classes <= MAX_NUMBERS)
     assert tally.holds("pairs") == (predictors * (predictors - 1) // 2 <= MAX_NUMBERS)
+
+
+@pytest.mark.parametrize(("members", "classes"), [(1, 1000), (3, 500), (62, 1500), (63, 10), (130, 4)])
+@pytest.mark.parametrize("labelled", [0, 10**14])
+def test_a_report_stays_within_what_a_manifest_is_planned_for(members: int, classes: int, labelled: int) -> None:
+    plan, random = with_members(members, classes), np.random.default_rng(0)
+    tally = Tally.empty(plan.predictors, classes)
+    for name, held in tally.sums.items():  # as long as numbers become
+        held += labelled if name in ("labelled", "bin_rows") else random.integers(10**13, 10**14, held.shape)
+    for name in ("rows", "fidelity"):
+        tally.sums[name] += 10**14
+    size = len(canonical_json(tally.report()))
+    assert size <= report_bytes(plan.predictors, classes) < plan.manifest_bytes
+    assert labelled == 0 or size > report_bytes(plan.predictors, classes) / 3
 
 
 def test_more_members_than_a_commit_can_describe_are_refused(cli: Cli) -> None:

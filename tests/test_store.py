@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import flip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -48,6 +49,21 @@ def some_records(rows: int) -> np.ndarray:
     table["main/flag"] = rng.integers(0, 2, rows)
     table["ids"] = rng.integers(0, 2**31, (rows, 3))
     return table
+
+
+def test_a_plan_is_read_each_time_and_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, parsed, load = Store(LocalStorage(tmp_path, sync=False)), [], records.load
+    digest = store.put_plan(a_plan())
+
+    def counted(kind: type, *rest: Any) -> Any:
+        parsed.append(kind)
+        return load(kind, *rest)
+
+    monkeypatch.setattr(records, "load", counted)
+    assert store.plan(digest, Plan) is store.plan(digest, Plan) and parsed == [Plan]
+    flip(tmp_path / "plans" / f"{digest}.json")
+    with pytest.raises(Corrupt, match="is damaged"):
+        store.plan(digest, Plan)
 
 
 @pytest.mark.parametrize("format", ["hdf5", "parquet"])

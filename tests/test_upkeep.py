@@ -145,13 +145,25 @@ def test_a_pointer_to_the_plan_that_is_lost_is_put_back(cached: Cli, pipeline: t
     ("name", "message"), [("manifests/*", "PLAN is damaged, and there are 2 plans"), ("plans/*", "lost or damaged")]
 )
 def test_a_pointer_to_the_plan_is_not_guessed(cached: Cli, name: str, message: str) -> None:
-    """Two plans, and what would tell which of them is sealed is damaged as well."""
+    """Two plans, and what would tell which of them is sealed is damaged as well; nothing is committed."""
     root = cached.folder / "cache"
     flip(only(root, name))
+    shutil.rmtree(root / "commits")
     (root / "plans" / f"{'0' * 64}.json").write_text("{}")
     (root / "PLAN").unlink()
     refused(cached("repair", "cache", "digits.py", code=4), message)
     assert not (root / "PLAN").exists()
+
+
+def test_a_pointer_to_the_plan_is_put_back_by_what_was_committed_under_it(cached: Cli) -> None:
+    root = cached.folder / "cache"
+    plan = (root / "PLAN").read_text()
+    flip(only(root, "manifests/*"))
+    (root / "plans" / f"{'0' * 64}.json").write_text("{}")
+    (root / "PLAN").unlink()
+    cached("repair", "cache", "digits.py")
+    assert (root / "PLAN").read_text() == plan
+    cached(*VERIFY)
 
 
 @pytest.mark.parametrize("harm", ["lost", "damaged"])

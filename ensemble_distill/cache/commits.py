@@ -98,15 +98,17 @@ class Commits:
             return self._pages[n]
 
 
-def plan_in_force(store: Store) -> tuple[Plan, str]:
+def plan_in_force(store: Store, current: str | None = None) -> tuple[Plan, str]:
     """The plan of what is sealed, where more is being appended to it; else the one that is captured under.
 
-    A pointer or a manifest that cannot be read is for those to tell who read it; Corrupt for a plan that is lost.
+    current: the digest of the manifest that is meant (None: what CURRENT names); who goes on to read it names it, for
+    CURRENT may move. A pointer or a manifest that cannot be read is for those to tell who read it; Corrupt for a plan
+    that is lost.
     """
     digest = _held_digest(store)
     held, sealed = store.plan(digest, Plan), digest
     with contextlib.suppress(Corrupt, Unsafe):
-        if held.parents and (current := store.current()) is not None:
+        if held.parents and (current := current or store.current()) is not None:
             sealed = store.manifest(current).plan
     return (store.plan(sealed, Plan), sealed) if sealed in held.parents else (held, digest)
 

@@ -85,8 +85,8 @@ class _Origin:
 
     def __init__(self, store: Store, trusted: str | None) -> None:
         self.store = store
-        self.plan, self.digest = plan_in_force(store)
         current = trusted or store.current()
+        self.plan, self.digest = plan_in_force(store, current)
         if trusted is None and (later := put_back(store)) is not None and later.whole and current is not None:
             raise Corrupt(f"{store.root}: CURRENT names {current}, and {later.digest} was sealed since", hint=MEND)
         self.manifest = store.manifest(current) if current is not None else None

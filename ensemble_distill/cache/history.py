@@ -9,10 +9,11 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from ensemble_distill.cache.commits import Commits
 from ensemble_distill.cache.growth import check_grown
-from ensemble_distill.cache.plan import Plan, WorkItem
+from ensemble_distill.cache.plan import MAX_APPENDS, Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.store.leases import COPYING, SEALING, Leases, lease_storage
@@ -43,11 +44,45 @@ def newest(store: Store) -> Sealed | None:
     is lost: of all manifests whose keys are those that lie here, if all can be read. Raises Corrupt for a plan that is
     lost, where it may be the newest, and for two manifests of which neither has grown out of the other.
     """
-    known = _line(store, _current(store))
+    current = _current(store)
+    known = _line(store, current)
     last = max(known, key=_age, default=None)
     same = [sealed for sealed in known if last is not None and sealed.manifest.plan == last.manifest.plan]
-    in_force = (sealed for sealed in same if sealed.digest == _current(store))
-    return next(in_force, None) or next((sealed for sealed in same if is_whole(store, sealed)), last)
+    in_force = next((sealed for sealed in same if sealed.digest == current), None)
+    return in_force or _last_of(store, same)
+
+
+def _last_of(store: Store, same: list[Sealed]) -> Sealed | None:
+    """Of what was sealed under one plan, as a cache is again after a repair, the last: that whose commits lie here.
+
+    Corrupt where these are as much of one as of another.
+    """
+    if len(same) < 2:
+        return next(iter(same), None)
+    found = {sealed.digest: _commits_here(store, sealed) for sealed in same}
+    best = [sealed for sealed in same if found[sealed.digest] == max(found.values())]
+    if len(best) > 1:
+        raise Corrupt(
+            f"{store.root}: {best[0].digest} and {best[1].digest} were sealed under one plan, and the commits do not "
+            "tell which was last",
+            hint="name it in CURRENT; runs that were trained since it was sealed name it in their config.json",
+        )
+    return best[0]
+
+
+def _commits_here(store: Store, sealed: Sealed) -> int:
+    """How many of its commits lie here as they were sealed; -1 where its pages cannot be read."""
+    try:
+        commits = Commits(store, sealed.plan, sealed.manifest)
+        return sum(_is_here(store, commits.at(number)) for number in range(sealed.plan.units))
+    except (Corrupt, Unsafe):
+        return -1
+
+
+def _is_here(store: Store, commit: Commit) -> bool:
+    with contextlib.suppress(Corrupt, Unsafe):
+        return store.commit(commit.unit) == commit
+    return False
 
 
 def _age(sealed: Sealed) -> int:
@@ -130,10 +165,10 @@ def put_back(store: Store) -> Later | None:
     after = [sealed for sealed in line if _age(sealed) > own]
     if not after or not _rests(store, current):
         return None
-    whole = next((sealed for sealed in after if is_whole(store, sealed)), None)
-    if whole is None:
-        return None if current is None else Later(after[0].digest, False)
-    return Later(whole.digest, True)
+    for _, same in groupby(after, key=_age):
+        if (last := _last_of(store, list(same))) is not None and is_whole(store, last):
+            return Later(last.digest, True)
+    return None if current is None else Later(after[0].digest, False)
 
 
 def _rests(store: Store, current: str | None) -> bool:
@@ -196,9 +231,9 @@ def _manifest(store: Store, digest: str) -> Manifest | None:
 
 
 def _ancestors(found: Mapping[str, Manifest], digest: str) -> list[str]:
-    """A manifest, that which it was appended to, and so on."""
+    """A manifest, that which it was appended to, and so on, as far as appends go."""
     line = [digest]
-    while (parent := found[line[-1]].parent) is not None and parent in found:
+    while (parent := found[line[-1]].parent) is not None and parent in found and len(line) <= MAX_APPENDS:
         line.append(parent)
     return line
 

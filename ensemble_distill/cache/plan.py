@@ -25,8 +25,9 @@ from ensemble_distill.config import Format, Gives, Tail, Version
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
 from ensemble_distill.frozen import Config, Name, without_empty
+from ensemble_distill.provenance import MAX_LISTED
 from ensemble_distill.store.records import PAGE_UNITS
-from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
+from ensemble_distill.tally import MAX_STATE_BYTES, report_bytes, state_bytes
 from ensemble_distill.transforms import ViewsConfig
 
 MIN_UNIT_ROWS = 1024
@@ -220,7 +221,7 @@ class Plan(Config):
                 f"there is no group {TARGETS!r} with targets {MAIN!r} of {len(self.reading.classes)} classes"
             )
         if isinstance(head := self.head, Members):
-            self._checkmembers_of(head)
+            self._check_members(head)
         if self.mixes and not isinstance(self.group(TARGETS).codecs.get(PARTNER), PartnerKey):
             raise ValueError(f"its views mix samples, and group {TARGETS!r} holds no keys of partners")
         rows = max(min(split.unit_rows, split.rows) for split in self.splits.values())
@@ -228,7 +229,7 @@ class Plan(Config):
             raise ValueError(f"a unit of {rows} rows would take more than {MAX_SHARD >> 20} MiB")
         return self
 
-    def _checkmembers_of(self, codec: Members) -> None:
+    def _check_members(self, codec: Members) -> None:
         """ValueError unless the members that the codec keeps are those captured, and can be combined as is said."""
         names, reading = tuple(member.name for member in self.capture.members), self.reading
         if not names or codec.members != names or len(set(names)) < len(names):
@@ -296,6 +297,12 @@ class Plan(Config):
     def statistics_bytes(self) -> int:
         """The most that the statistics of a unit of targets may take."""
         return state_bytes(self.predictors, len(self.reading.classes))
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The most that a manifest may take: its pages' digests, the statistics of each split, and the provenance."""
+        statistics = report_bytes(self.predictors, len(self.reading.classes)) + 256
+        return 67 * -(-self.units // PAGE_UNITS) + len(self.splits) * statistics + MAX_LISTED + 4096
 
     def page_bytes(self, units: int) -> int:
         """The most that a page of a manifest with this many commits may take."""

@@ -238,20 +238,26 @@ def _mend_pointers(store: Store, mended: Mended) -> None:
         mended.restored.append("CURRENT")
     held = _held(store)
     base = held if last is None else last.manifest.plan
-    if base is not None:
-        digest = _appended_to(store, base, held)
-    elif len(plans := list(store.storage.list("plans"))) == 1:
-        digest = plans[0].removeprefix("plans/").removesuffix(".json")
-    else:
-        raise Corrupt(
-            f"{store.root}/PLAN is damaged, and there are {len(plans)} plans to choose from",
-            hint="restore PLAN from a copy of the cache",
-        )
+    digest = _of_commits(store) if base is None else _appended_to(store, base, held)
     if digest == held:
         return
     store.plan(digest, Plan)  # a plan that is damaged too must not become the one in force
     store.storage.replace("PLAN", f"{digest}\n".encode())
     mended.restored.append("PLAN")
+
+
+def _of_commits(store: Store) -> str:
+    """The digest of the plan under which all was committed; where nothing is, of the only plan that there is."""
+    plans = {name.removeprefix("plans/").removesuffix(".json") for name in store.storage.list("plans")}
+    if len(plans) == 1:
+        return plans.pop()
+    committed = {plan for unit in store.committed() if (plan := _plan_of(store, unit)) is not None}
+    if committed:
+        return _last_grown(store, sorted(committed))
+    raise Corrupt(
+        f"{store.root}/PLAN is damaged, and there are {len(plans)} plans to choose from",
+        hint="restore PLAN from a copy of the cache",
+    )
 
 
 def _held(store: Store) -> str | None:
@@ -273,12 +279,20 @@ def _appended_to(store: Store, base: str, held: str | None) -> str:
     larger = [plan for plan in found if _has_grown(store, base, plan)]
     if held in larger or (not larger and held is not None and _has_grown(store, base, held)):
         return held
-    if len(larger) > 1:
-        raise Corrupt(
-            f"{store.root}/PLAN is damaged, and its commits are of {len(larger)} plans beyond the one that is sealed",
-            hint="restore PLAN from a copy of the cache",
-        )
-    return larger[0] if larger else base
+    return _last_grown(store, larger) if larger else base
+
+
+def _last_grown(store: Store, plans: list[str]) -> str:
+    """The plan that has grown out of all others of these; Corrupt where there is none."""
+    for digest in plans:
+        with contextlib.suppress(Corrupt, Unsafe):
+            if {*plans} <= {digest, *store.plan(digest, Plan).parents}:
+                return digest
+    raise Corrupt(
+        f"{store.root}/PLAN is damaged, and its commits are of {len(plans)} plans of which none has grown out of the "
+        "others",
+        hint="restore PLAN from a copy of the cache",
+    )
 
 
 def _has_grown(store: Store, base: str, plan: str) -> bool:
@@ -291,8 +305,10 @@ def _has_grown(store: Store, base: str, plan: str) -> bool:
 
 def _plan_beyond(store: Store, known: Plan, unit: str) -> str | None:
     """The plan under which a unit was committed that ``known`` has not; None for a commit that cannot be read."""
-    if known.has(unit):
-        return None
+    return None if known.has(unit) else _plan_of(store, unit)
+
+
+def _plan_of(store: Store, unit: str) -> str | None:
     with contextlib.suppress(Corrupt, Unsafe):
         return store.commit(unit).plan
     return None

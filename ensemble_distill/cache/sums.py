@@ -11,14 +11,13 @@ from ensemble_distill.cache.groups import MAIN, TARGETS, Group
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import canonical_json
+from ensemble_distill.provenance import MAX_LISTED, MAX_PROVENANCE, MAX_TIME, MAX_VALUES
 from ensemble_distill.store.records import Manifest
 from ensemble_distill.store.store import MEND
 from ensemble_distill.tally import Tally
 
 BATCH = 256
 RECENT = 64
-# Of a field of the provenance, the distinct values that a manifest lists; and what one commit's may take.
-MAX_VALUES, MAX_PROVENANCE, MAX_TIME = 1000, 16384, 64
 
 
 class _State(NamedTuple):
@@ -122,6 +121,7 @@ class _Provenance:
         self._values: dict[str, dict[bytes, Any]] = {}
         self._recent: list[dict[str, Any]] = []
         self._first = self._last = ""
+        self._room = MAX_LISTED
 
     def add(self, part: dict[str, Any]) -> None:
         """ValueError for what is too large to be a provenance, or has a time that is no text."""
@@ -136,8 +136,10 @@ class _Provenance:
         self._first, self._last = min(self._first or time, time), max(self._last, time)
         for name, value in part.items():
             values = self._values.setdefault(name, {})
-            if len(values) < MAX_VALUES:
-                values.setdefault(canonical_json(value), value)
+            text = canonical_json(value)
+            if text not in values and len(values) < MAX_VALUES and len(text) <= self._room:
+                values[text] = value
+                self._room -= len(text)
 
     def report(self) -> dict[str, Any]:
         values = {name: list(values.values()) for name, values in self._values.items()}

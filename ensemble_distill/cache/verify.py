@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -97,8 +98,8 @@ def verify(
             verdict.damaged.append(damage)
         report(verdict)
         if len(verdict.damaged) >= most:
-            verdict.more = True
             break
+    verdict.more = len(verdict.damaged) >= most
     return verdict
 
 
@@ -117,8 +118,11 @@ def _check(
 def _checks(
     store: Store, verdict: Verdict, limit: int | None, deep: Sequence[DeepCheck], trusted: str | None
 ) -> Iterator[Check]:
+    current = trusted
+    with contextlib.suppress(Error):  # told by _commits
+        current = trusted or store.current()  # once: it may move
     try:
-        plan, digest = plan_in_force(store)
+        plan, digest = plan_in_force(store, current)
     except Error as error:
         verdict.damaged.append(Damage(str(error), "plan", None, isinstance(error, Unsafe)))
         return  # nothing else means anything without it
@@ -127,7 +131,7 @@ def _checks(
         yield partial(_check, "calibration", None, look, name=f"calibrations/{fitted}.json")
     keys: dict[tuple[str, int], str] = {}
     own, foreign, sums = 0, [], Sums(plan, store.root)
-    for number, commit, problem in _commits(store, verdict, plan, digest, trusted):
+    for number, commit, problem in _commits(store, verdict, plan, digest, current):
         if commit is None:
             yield partial(lambda problem: (0, problem), problem)
             continue
@@ -166,15 +170,15 @@ def _checks(
     yield from _appended(store, plan, deep, verdict)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
-    verdict.damaged += _strays(store, held_plan(store))
+    verdict.damaged += islice(_strays(store, held_plan(store)), MOST_DAMAGE)
 
 
 def _commits(
-    store: Store, verdict: Verdict, plan: Plan, plan_digest: str, trusted: str | None
+    store: Store, verdict: Verdict, plan: Plan, plan_digest: str, current: str | None
 ) -> Iterator[tuple[int, Commit | None, Damage | None]]:
     """(number of the unit, its commit or None, what is wrong with it); of a sealed cache from its manifest."""
     try:
-        current = trusted or store.current()
+        current = current or store.current()
         manifest = store.manifest(current) if current else None
         if manifest is not None and (manifest.units, len(manifest.pages)) != (
             plan.units,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixels
@@ -24,7 +25,7 @@ from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_members
 from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
-from ensemble_distill.explain import difference, suggestion
+from ensemble_distill.explain import difference, explain, suggestion
 from ensemble_distill.fingerprint import array_digest
 from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
@@ -34,6 +35,7 @@ from ensemble_distill.recording.taps import feature_codec
 from ensemble_distill.sources.arrays import Source, check_label_range
 from ensemble_distill.sources.loading import check_source, load
 from ensemble_distill.sources.views import check_deterministic
+from ensemble_distill.store import records
 from ensemble_distill.store.leases import PLANNING, Leases, at_work
 from ensemble_distill.store.store import MEND, Store
 from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
@@ -90,7 +92,7 @@ def prepare(
         pieces = _calibrated(pieces, config, ensemble, sources, store, before, report)
     plan = make_plan(pieces, config)
     if append:
-        return _appended(plan, held, sources, store), ensemble
+        return _fitting(_appended(plan, held, sources, store)), ensemble
     if held is not None and sealed is not None:
         plan = _with_renderings(sealed[1], grown(sealed[1], sealed[0], plan, sources, store.root), store.root)
     elif held is not None and held.parents:
@@ -107,7 +109,22 @@ def prepare(
             else:
                 # Nothing was captured under it: another batch size or precision may be tried in the same place.
                 store.drop_plan(str(store.plan_digest()))
-    return plan, ensemble
+    return _fitting(plan), ensemble
+
+
+def _fitting(plan: Plan) -> Plan:
+    """The plan, if readers would read it, and what is sealed of it: UsageError unless both are within their bounds."""
+    for what, size, most in (
+        ("plan", len(records.dump(plan)), records.MAX_PLAN),
+        ("manifest, with the statistics of each split,", plan.manifest_bytes, records.MAX_MANIFEST),
+    ):
+        if size > most:
+            raise UsageError(
+                f"{len(plan.capture.members)} members, {len(plan.splits)} splits and {len(plan.reading.classes)} "
+                f"classes: the {what} would take {size} bytes, at most {most} are read",
+                hint="capture the splits into several caches, or use fewer members or shorter names",
+            )
+    return plan
 
 
 def _sealed(store: Store, held: Plan | None) -> tuple[str, Plan] | None:
@@ -270,8 +287,16 @@ def load_pieces(
 def make_plan(pieces: Pieces, config: CacheConfig) -> Plan:
     """The plan that a configuration gives, from what was loaded for it (or for one with another codec or format).
 
-    Raises UsageError for a codec that keeps more classes than there are, and for units that are too large.
+    Raises UsageError for a codec that keeps more classes than there are, for units that are too large, and for more of
+    anything than a plan may hold.
     """
+    try:
+        return _made(pieces, config)
+    except ValidationError as error:
+        raise UsageError(f"this cannot be captured into one cache ({explain(error, Plan)})") from error
+
+
+def _made(pieces: Pieces, config: CacheConfig) -> Plan:
     classes = pieces.data.classes
     groups = _groups(config, len(classes), pieces.taps, pieces.data.views.mix is not None and config.views > 1)
     widest = max(group.row_bytes for group in groups)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from ensemble_distill.cache.commits import check_sealed, committed_units, held_plan, missing
+from ensemble_distill.cache.commits import check_sealed, committed_units, missing
 from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.growth import check_grown
 from ensemble_distill.cache.history import Sealed, is_whole, manifests
@@ -68,8 +68,7 @@ def remake(store: Store) -> bool:
     with contextlib.suppress(Corrupt, Unsafe, Mismatch):
         if (current := store.current()) is None or _is_readable(store, current):
             return False
-        for digest in (str(store.plan_digest()), *reversed(held_plan(store).parents)):
-            plan = store.plan(digest, Plan)
+        for digest, plan in _plans(store):
             if all(map(store.is_committed, (item.unit(group) for item in plan.items() for group in plan.groups))):
                 sealing = _Sealing(plan, digest, store, None)
                 for part in _commits(plan, store):
@@ -81,6 +80,16 @@ def remake(store: Store) -> bool:
                         store.storage.replace(f"manifests/{current}.json", data)
                         return True
     return False
+
+
+def _plans(store: Store) -> Iterator[tuple[str, Plan]]:
+    """The plans that lie here, as far as they can be read, by digest; those that have grown most first."""
+    found = []
+    for name in store.storage.list("plans"):
+        digest = name.removeprefix("plans/").removesuffix(".json")
+        with contextlib.suppress(Corrupt, Unsafe, Mismatch):
+            found.append((digest, store.plan(digest, Plan)))
+    yield from sorted(found, key=lambda one: len(one[1].parents), reverse=True)
 
 
 def _is_readable(store: Store, digest: str) -> bool:

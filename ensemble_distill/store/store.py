@@ -54,6 +54,7 @@ class Store:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.root = storage.root
+        self._plan: tuple[str, Config] | None = None  # the last one: it is read often, and may be megabytes
 
     # Writing ----------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ class Store:
 
         ``parent``: the digest of the plan that it grows out of, whose place it takes.
         """
-        data = records.dump(plan)
+        data = _bounded(self.root, "plan", records.dump(plan), records.MAX_PLAN)
         digest = sha256(data)
         self._put(f"plans/{digest}.json", data)
         if not self.storage.create("PLAN", f"{digest}\n".encode()):
@@ -193,7 +194,7 @@ class Store:
             # A writer may have died between the link and the fsync of a commit that others then found: to create it
             # again makes the directory durable, and with it all of them.
             self.storage.create(f"commits/{unit}.json", self.storage.read(f"commits/{unit}.json", records.MAX_COMMIT))
-        data = records.dump(manifest)
+        data = _bounded(self.root, "manifest", records.dump(manifest), records.MAX_MANIFEST)
         digest = sha256(data)
         self._put(f"manifests/{digest}.json", data)
         before = None if parent is None else f"{parent}\n".encode()
@@ -231,8 +232,14 @@ class Store:
         return self._pointer("CURRENT")
 
     def plan(self, digest: str, kind: type[records.R]) -> records.R:
-        name = f"plans/{digest}.json"
-        return records.load_hashed(kind, self.storage.read(name, records.MAX_PLAN), digest, f"{self.root}/{name}")
+        """A plan; its bytes are read and hashed each time, and parsed where they are not those of the last one."""
+        name, held = f"plans/{digest}.json", self._plan
+        data = self.storage.read(name, records.MAX_PLAN)
+        if held is not None and held[0] == digest == sha256(data) and isinstance(held[1], kind):
+            return held[1]
+        plan = records.load_hashed(kind, data, digest, f"{self.root}/{name}")
+        self._plan = digest, plan
+        return plan
 
     def calibration(self, digest: str, kind: type[records.R]) -> records.R:
         name = f"calibrations/{digest}.json"
@@ -306,6 +313,16 @@ class Store:
         if not text.endswith("\n") or not _HEX.fullmatch(text[:-1]):
             raise Corrupt(f"{self.root}/{name}: {text[:70]!r} is not a digest and the end of its line", hint=MEND)
         return text[:-1]
+
+
+def _bounded(root: str, what: str, data: bytes, most: int) -> bytes:
+    """The bytes of a record; UsageError, before it is written, for one that is larger than what is read."""
+    if len(data) > most:
+        raise UsageError(
+            f"{root}: its {what} would take {len(data)} bytes, at most {most} are read",
+            hint="capture the splits into several caches, or use fewer members or shorter names",
+        )
+    return data
 
 
 def unit_of(name: str) -> str:
