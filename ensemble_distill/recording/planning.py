@@ -120,7 +120,7 @@ def _fitting(plan: Plan) -> Plan:
     ):
         if size > most:
             raise UsageError(
-                f"{len(plan.capture.members)} members, {len(plan.splits)} splits and {len(plan.reading.classes)} "
+                f"{len(plan.capture.members)} member(s), {len(plan.splits)} split(s) and {len(plan.reading.classes)} "
                 f"classes: the {what} would take {size} bytes, at most {most} are read",
                 hint="capture the splits into several caches, or use fewer members or shorter names",
             )
