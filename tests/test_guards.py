@@ -123,7 +123,7 @@ def cache():
 @pytest.mark.parametrize(
     ("splits", "members", "message"),
     [
-        (97, 60, "60 member(s), 97 split(s) and 10 classes: the manifest, with the statistics of each split, would take"),
+        (97, 60, "60 member(s), 97 split(s) and 10 classes: the manifest, with the statistics of each split,"),
         (1025, 1, "this cannot be captured into one cache (splits: "),
     ],
 )
