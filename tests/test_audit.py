@@ -16,7 +16,7 @@ from conftest import Cli, load_module
 from pydantic import ValidationError
 
 import ensemble_distill as ed
-from ensemble_distill.cache import cache as reading
+from ensemble_distill.cache import alignment
 from ensemble_distill.cache.plan import Capture, Plan
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.cache.samples import renderings
@@ -195,7 +195,7 @@ def test_a_loader_refuses_a_transform_that_was_changed(
     lighter(2)
     next(cache.loader(source, 100, epoch=1))
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "renderings", None)  # it looks once
+        patch.setattr(alignment, "renderings", None)  # it looks once
         next(cache.loader(source, 100, epoch=3))
     lighter(3)
     next(cache.loader(source, 100, epoch=1))
