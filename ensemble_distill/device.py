@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -54,6 +54,15 @@ def upload(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         value = value.pin_memory().to(device, non_blocking=True)
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
+def own(inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Copies: a module may work in place on what it is given, and on a CPU that is the source's memory.
+
+    Ordinary tensors, which may be changed on any thread.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return [x.clone() for x in inputs]
 
 
 def choose_precision(choice: Precision, device: torch.device, step: Callable[[Resolved], object]) -> Resolved:

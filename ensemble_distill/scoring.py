@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ensemble_distill.device import Resolved, autocast, upload
+from ensemble_distill.device import Resolved, autocast, own, upload
 from ensemble_distill.errors import UsageError
 from ensemble_distill.losses import forward_kl
 from ensemble_distill.metrics import accuracy, ece, nll
@@ -29,7 +29,7 @@ class Scorable(Protocol):
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device, precision: Resolved) -> Tensor:
     """The student's logits [B, C] in float32 for inputs by name, given to it in the order of the source."""
     with autocast(device, precision):
-        output = model(*(upload(x, device) for x in inputs.values()))
+        output = model(*own(upload(x, device) for x in inputs.values()))
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UsageError(f"the student gave a {type(output).__name__}, expected logits [batch, classes]")

@@ -26,6 +26,7 @@ from ensemble_distill.codec import PartnerKey
 from ensemble_distill.config import describe
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.losses import hard_labels, mixed_labels
+from ensemble_distill.recording.audit import audit
 from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources.arrays import ArraySource, Limited, Loaded, Source
@@ -357,6 +358,27 @@ def test_a_partner_that_is_another_is_refused(teachers: Path, tmp_path: Path) ->
         list(cache.loader(Limited(source, 500), 100, epoch=1))
     longer = ArraySource({"image": images}, labels)  # whose first thousand are those that were captured
     assert len(next(cache.loader(longer, 100, epoch=0, shuffle=False)).index) > 90
+
+
+def test_an_audit_looks_at_partners_and_at_the_view_that_mixes_nothing(teachers: Path, tmp_path: Path) -> None:
+    pipeline = load_module(teachers / "digits.py")
+    data = with_mix(pipeline, "mixup")
+    data = data.model_copy(update={"sources": {"train": Limited(data.sources["train"], 60)}})
+    ensemble = capture(pipeline, data, tmp_path / "cache", taps=())
+    cache, source = ed.open_cache(tmp_path / "cache"), data.sources["train"]
+    result = audit(cache, ensemble, data, data.sources, 60, 0)
+    assert not result.unexplained and result.fields["train"]["partner"].equal == 60 * 16
+    changed = {"train": Changed(source, int(shown(source, np.arange(60), data.views)[1].rows[17]))}
+    with pytest.raises(Mismatch, match=r"must be in the captured order: sample \d+ was mixed in view 1"):
+        audit(cache, ensemble, data, changed, 60, 0)
+
+
+def test_views_that_mix_are_not_appended_to_a_cache_of_view_0(cli: Cli) -> None:
+    cli.change("transforms=(ed.Crop(padding=1),)", "mix=ed.Mixup(alpha=1.0)")
+    cli("cache", "digits.py", "--out", "cache", "--limit", 60, "--views", 1)
+    error = cli("append", "digits.py", "--cache", "cache", "--limit", 60, code=2).stderr
+    assert "cache holds no view that mixes samples" in error and "no such view can be appended" in error
+    assert len(error) < 300
 
 
 def test_a_unit_is_not_captured_again_with_other_partners(cli: Cli) -> None:

@@ -13,9 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ensemble_distill as ed
+from ensemble_distill.cache.samples import read
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_member, load_members
 from ensemble_distill.errors import UsageError
+from ensemble_distill.evaluation.evaluate import evaluate
+from ensemble_distill.fingerprint import sample_keys
+from ensemble_distill.scoring import logits_of
+from ensemble_distill.sources.arrays import Loaded
 
 CPU = torch.device("cpu")
 
@@ -81,6 +86,41 @@ def test_what_members_are_given_may_be_changed_on_another_thread() -> None:
 
     x = torch.randn(5, 4)
     torch.testing.assert_close(ensemble(lambda: client)({"x": x}).logprobs, net(0)(x - 1).log_softmax(1))
+
+
+# What students are given -------------------------------------------------------------------------------
+
+
+class Sliced(ed.ArraySource):
+    """Gives slices of what it holds."""
+
+    def load(self, index: np.ndarray) -> Loaded:
+        inputs = {name: array[index[0] : index[-1] + 1] for name, array in self._inputs.items()}
+        return Loaded(inputs, sample_keys(inputs))
+
+
+@pytest.mark.parametrize("how", ["torch", "data", "numpy"])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_a_student_that_works_in_place_does_so_on_a_copy(how: str, writeable: bool) -> None:
+    held = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    before, mask = held.copy(), np.ones((6, 4), bool)
+    held.flags.writeable = mask.flags.writeable = writeable
+    source = Sliced({"x": held, "mask": mask}, np.arange(6) % 3)
+    inputs = read(source, np.arange(6))[0]
+    for _ in range(2):
+        torch.testing.assert_close(
+            logits_of(InPlace(how), inputs, CPU, "fp32"), net(0)(torch.from_numpy(before) - 1).detach()
+        )
+    assert evaluate(InPlace(how), source, None, "test", CPU)["rows"] == 6
+    np.testing.assert_array_equal(held, before)
+    assert mask.all()
+
+
+def test_the_tensors_of_an_array_that_is_read_only_may_be_changed() -> None:
+    held = np.zeros((6, 4), np.float32)
+    held.flags.writeable = False
+    read(Sliced({"x": held}), np.arange(6))[0]["x"].add_(1)
+    assert not held.any()
 
 
 # What members give -------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import json
 import math
 import random
 import re
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +30,7 @@ from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.config import describe
 from ensemble_distill.errors import UsageError
 from ensemble_distill.fingerprint import sample_keys
+from ensemble_distill.prefetch import prefetch
 from ensemble_distill.recording.capture import Recorder
 from ensemble_distill.recording.planning import prepare
 from ensemble_distill.sources import pixels, views
@@ -401,6 +404,25 @@ def test_a_custom_transform_gets_its_own_draws_and_a_plan_knows_its_name_and_slo
         render(images, keys, read, 3)
     only = of(ed.Custom(name="fixed", slots=0, function=lambda x, u: x + u.sum()))
     assert torch.equal(render(images, keys, only, 3), images)
+
+
+def test_what_a_custom_transform_shares_between_its_calls_is_no_matter_to_threads() -> None:
+    generator = torch.Generator()
+
+    def noise(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for image, seed in zip(images, (u[:, 0] * 2**32).long().tolist(), strict=True):
+            generator.manual_seed(seed)
+            time.sleep(0)  # here another thread may run
+            rows.append(image + torch.rand(image.shape, generator=generator))
+        return torch.stack(rows)
+
+    images, keys = some((40, 1, 3, 3), torch.float32)
+    config = of(ed.Custom(name="noise", slots=1, function=noise))
+    check_deterministic(images, keys, config)
+    tasks = [partial(render, images, keys, config, view) for view in range(1, 21)]
+    for made, alone in zip(list(prefetch(tasks, 4)), [task() for task in tasks], strict=True):
+        assert torch.equal(made, alone)
 
 
 @pytest.mark.parametrize(

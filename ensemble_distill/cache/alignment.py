@@ -59,10 +59,10 @@ class Alignment:
 
     def source(self, source: Source, split: str, view: int) -> None:
         """Look at a source before it is read in a view; once for each source, and once for the views of a split."""
-        self._know_labels(source, split)
         if (split, id(source)) not in self._sources_checked:
             check_source(source, split)
             self._sources_checked.add((split, id(source)))
+        self._know_labels(source, split)
         if view > 0 and split not in self._views_checked:
             self.pixels(source, split)
 

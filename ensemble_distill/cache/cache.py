@@ -307,6 +307,10 @@ class Cache:
         """
         self._aligned.labels(source, split)
 
+    def check_partners(self, partners: Partners, split: str, view: int, rows: np.ndarray, index: np.ndarray) -> None:
+        """Refuse partners (Mismatch) that these rows, at ``index`` of the source, were not captured with."""
+        self._aligned.partners(partners, split, view, rows, index)
+
     def verify_source(self, source: Source, split: str, batch_size: int = 4096) -> np.ndarray:
         """Look up every sample's key (Mismatch if one is not held): bool [N], whether it stands at its own row."""
         own = [rows == index for index, _, rows in self.look_up(source, split, batch_size)]
@@ -332,7 +336,7 @@ class Cache:
         inputs = render_inputs(inputs, keys, aligned.views, view)
         inputs, partners = mixed(inputs, keys, source, aligned.views, view, self.plan.splits[split].rows)
         if partners is not None:
-            aligned.partners(partners, split, view, rows, index)
+            self.check_partners(partners, split, view, rows, index)
         return Batch(inputs, labels, targets, keys, index, view, partners)
 
     def _key_page(self, split: str, page: int) -> np.ndarray:

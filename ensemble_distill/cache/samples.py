@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ensemble_distill.cache.renderings import Rendering
 from ensemble_distill.errors import UsageError
 from ensemble_distill.explain import suggestion
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.sources.loading import load
+from ensemble_distill.sources.loading import labels_at, load
 from ensemble_distill.sources.mixing import mixed
 from ensemble_distill.sources.views import AUDIT_ROWS, audited, render
 from ensemble_distill.transforms import ViewsConfig
@@ -21,8 +20,7 @@ from ensemble_distill.transforms import ViewsConfig
 def read(source: Source, index: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None, np.ndarray]:
     """Inputs by name [B, ...], labels int64 [B] or None, and keys uint8 [B, 16] of the samples at ``index``."""
     inputs, keys = load(source, index)
-    labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-    return inputs, labels, keys
+    return inputs, labels_at(source, index), keys
 
 
 def render_inputs(inputs: dict[str, Tensor], keys: np.ndarray, views: ViewsConfig, view: int) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ def command(
         run_manifest,
     )
     from ensemble_distill.explain import suggestion
+    from ensemble_distill.sources.arrays import check_label_range
 
     console = ui.Console(common.quiet or as_json)
     loaded = Pipeline(pipeline)
@@ -78,6 +79,8 @@ def command(
         if cache_path is None:
             check_same_cache(run_path, cache)
         cache = cache.mixed(run_ensemble(run_path))
+    else:
+        check_label_range(splits[split], split, len(data.classes))
     result = evaluate(
         model, splits[split], cache, split, on, batch_size=common.batch_size or 512, workers=common.workers
     )

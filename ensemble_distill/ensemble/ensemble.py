@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ensemble_distill.codec import Members, TopK
 from ensemble_distill.config import CacheConfig, Gives, Precision
-from ensemble_distill.device import Resolved, autocast, choose_precision, place, upload
+from ensemble_distill.device import Resolved, autocast, choose_precision, own, place, upload
 from ensemble_distill.ensemble.distributions import InvalidRow, Stated, refuse_probabilities, stated
 from ensemble_distill.ensemble.members import Loaded
 from ensemble_distill.ensemble.steady import check_steady
@@ -192,12 +192,12 @@ class Ensemble:
         """What a member returns, and its taps. ``copies``: the inputs by device, which are added to."""
         name, module, device = self.names[i], self.modules[i], self.devices[i]
         if not isinstance(module, nn.Module):
-            return module(*_own(inputs.values())), {}
+            return module(*own(inputs.values())), {}
         if device not in copies:
             copies[device] = [upload(x, device) for x in inputs.values()]
         there = visit(module, device) if self.config.one_at_a_time else nullcontext()
         with there, autocast(device, self.precision), self._taps[name].watch() as tapped:
-            output: object = module(*_own(copies[device]))
+            output: object = module(*own(copies[device]))
         return output, tapped
 
     def _known(self, said: Sequence[Stated], names: Sequence[str]) -> Tensor | None:
@@ -222,15 +222,6 @@ class Ensemble:
 def _rows(inputs: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
     """These rows of the inputs, in this order; those that there are."""
     return {name: x[[row for row in rows if row < len(x)]] for name, x in inputs.items()}
-
-
-def _own(inputs: Iterable[Tensor]) -> list[Tensor]:
-    """Copies: a member may work in place on what it is given, and on a CPU that is the source's memory.
-
-    Ordinary tensors, which may be changed on any thread.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        return [x.clone() for x in inputs]
 
 
 def _check(name: str, logprobs: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ensemble_distill.cache.cache import Cache
 from ensemble_distill.cache.samples import read
 from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig
-from ensemble_distill.device import place, upload
+from ensemble_distill.device import own, place, upload
 from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.explain import difference
 from ensemble_distill.fingerprint import sha256
@@ -106,7 +106,7 @@ def evaluate(
 @torch.inference_mode()
 def latency(model: nn.Module, example: Mapping[str, Tensor], batch: int, device: torch.device) -> float:
     """Median milliseconds of a forward pass in fp32 at this batch size, over 30 passes after 5."""
-    inputs = [upload(x[:1].expand(batch, *x.shape[1:]).contiguous(), device) for x in example.values()]
+    inputs = own(upload(x[:1].expand(batch, *x.shape[1:]).contiguous(), device) for x in example.values())
     times = []
     for _ in range(35):
         start = time.perf_counter()

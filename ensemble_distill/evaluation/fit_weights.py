@@ -20,6 +20,7 @@ from ensemble_distill.mixture import combine
 from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.philox import permutation
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.loading import labels_at
 from ensemble_distill.targets import Targets
 
 BATCH = 4096
@@ -154,9 +155,10 @@ def _read(cache: Cache, source: Source, split: str, whole: bool, workers: int, r
         )
     if whole and not isinstance(codec.inner, Dense):
         raise UsageError(f"--temperatures: {cache.root} keeps {codec.inner.k} classes of each member, not all of them")
-    if source.labels is None:
+    labels = labels_at(source, slice(None))
+    if labels is None:
         raise UsageError(f"{split!r} has no labels: there is nothing to fit shares to")
-    index, labels = cache.positions(source, split), torch.from_numpy(source.labels)
+    index = cache.positions(source, split)
     phase = Phase("reading", (1 + len(codec.members)) * len(index), report)
 
     def said(ensemble: EnsembleConfig, whole: bool) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ def audit(
 ) -> Audit:
     """Compare up to ``rows`` random rows of each split, each in a random view, with what the members say now.
 
-    ``report`` hears of each batch. Raises Mismatch for samples or labels that are not those of the cache.
+    ``report`` hears of each batch. Raises Mismatch for samples, labels or partners that are not those of the cache.
     """
     cache.check(data)
     result, batch_size = Audit(), batch_size or cache.plan.capture.batch_size
@@ -203,6 +203,8 @@ def _compare(
     ran, keys = ensemble.run(shown.inputs), shown.keys
     known = {stage.group.name: stage for stage in stages(plan)}
     rows = cache.table(split).rows(keys, index)
+    if shown.partners is not None:
+        cache.check_partners(shown.partners, split, view, rows, index)
     rounding = ROUNDING[cache.plan.capture.precision]
     names = [f"sample {i} in view {view} (key {k.tobytes().hex()})" for i, k in zip(index, keys, strict=True)]
     for group in cache.plan.groups:

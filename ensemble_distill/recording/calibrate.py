@@ -19,6 +19,7 @@ from ensemble_distill.metrics import ece, nll
 from ensemble_distill.mixture import combine
 from ensemble_distill.phase import Phase, Report, silent
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.loading import labels_at, load
 
 # The members' log-probabilities of all rows are held at once: a GiB of float32 at most.
 MOST_VALUES = 1 << 28
@@ -35,7 +36,7 @@ def calibrated_on(
     keys, phase = hashlib.sha256(), Phase(f"reading {split}", rows, report)
     for first in range(0, rows, KEYS):
         index = np.arange(first, min(rows, first + KEYS))
-        keys.update(source.load(index).keys.tobytes())
+        keys.update(load(source, index)[1].tobytes())
         phase.add(len(index))
     return Calibrated(
         members=members,
@@ -85,8 +86,9 @@ def _said(
         with memory_errors(batch_size):
             parts.append([said.cpu() for said in ensemble(inputs).members])
         phase.add(len(index))
-    assert source.labels is not None
-    return [torch.cat(member) for member in zip(*parts, strict=True)], torch.from_numpy(source.labels[: on.rows])
+    labels = labels_at(source, slice(on.rows))
+    assert labels is not None
+    return [torch.cat(member) for member in zip(*parts, strict=True)], labels
 
 
 def _worth(before: Tensor, after: Tensor, labels: Tensor) -> Worth:

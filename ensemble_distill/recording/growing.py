@@ -30,6 +30,12 @@ def grown(base: Plan, digest: str, wanted: Plan, sources: Mapping[str, Source], 
     splits = {name: _split(name, split, wanted, sources, where) for name, split in base.splits.items()}
     splits |= {name: split for name, split in wanted.splits.items() if name not in splits}
     groups = tuple(_groups(base, wanted, where))
+    if wanted.mixes and not base.mixes:
+        raise UsageError(
+            f"{where} holds no view that mixes samples, and its rows have no place for the keys of partners: "
+            "no such view can be appended",
+            hint="capture them into a cache of their own",
+        )
     if base.mixes and any(
         split.cuts != base.splits[name].cuts for name, split in splits.items() if name in base.splits
     ):

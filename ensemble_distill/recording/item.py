@@ -15,6 +15,7 @@ from ensemble_distill.cache.ragged import Tokens, unpacked
 from ensemble_distill.codec import AnyCodec, Features, Members, PartnerKey, RowFigures
 from ensemble_distill.codecs import features, heads
 from ensemble_distill.ensemble.ensemble import Ran
+from ensemble_distill.fingerprint import KEY_BYTES
 from ensemble_distill.metrics import count
 from ensemble_distill.recording.fidelity import fidelity
 from ensemble_distill.recording.shown import Shown
@@ -116,9 +117,10 @@ class OpenItem:
 
 
 def encoded(codec: AnyCodec, said: Said) -> dict[str, Tensor]:
-    """The arrays that a codec of predictions, of figures or of partners makes of a batch."""
+    """The arrays that a codec of predictions, of figures or of partners makes of a batch; zeros without partners."""
     if isinstance(codec, PartnerKey):
-        return {} if said.partner_keys is None else {"": torch.tensor(said.partner_keys)}
+        keys = np.zeros((len(said.logprobs), KEY_BYTES), np.uint8) if said.partner_keys is None else said.partner_keys
+        return {"": torch.tensor(keys)}
     if isinstance(codec, RowFigures):
         return heads.encode_figures(said)
     if isinstance(codec, Members):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ensemble_distill.errors import Mismatch, UsageError
 from ensemble_distill.sources.arrays import Source
-from ensemble_distill.sources.loading import load
+from ensemble_distill.sources.loading import labels_at, load
 from ensemble_distill.sources.pixels import mixup
 from ensemble_distill.sources.views import draw, render
 from ensemble_distill.transforms import Mixup, ViewsConfig
@@ -71,8 +71,9 @@ def mixed(
         images = mixup(images, others, torch.from_numpy(lam))
     else:
         images, lam = cutmix(images, others, lam, u[:, 4], u[:, 5])
-    labels = None if source.labels is None else torch.from_numpy(source.labels[index])
-    return inputs | {views.input: images}, Partners(index, partner_keys, labels, torch.from_numpy(lam))
+    return inputs | {views.input: images}, Partners(
+        index, partner_keys, labels_at(source, index), torch.from_numpy(lam)
+    )
 
 
 def _fitting(images: Tensor, others: Tensor, views: ViewsConfig) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: images [B, C, H, W] (any dtype), keys uint8 [B, 16], draws float64 [B, D
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ AUDIT_ROWS = 4
 AUDIT_CELLS = 8
 AUDIT_CHANNELS = 64
 LARGEST = 3e38  # of float32
+
+# Batches are rendered on several threads, and a function of a pipeline may share what it writes to between its calls,
+# as a generator that it seeds anew for each row. It may call another one: hence reentrant.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def draw(keys: np.ndarray, seed: int, view: int, slots: int) -> np.ndarray:
@@ -142,13 +147,14 @@ def _erase(images: Tensor, u: Tensor, config: Erase) -> Tensor:
 
 
 def _custom(images: Tensor, u: Tensor, config: Custom) -> Tensor:
-    """The user's function, which must give as many images as it was given, in their dtype."""
+    """What the user's function makes of the images, called by one thread at a time: as many, in their dtype."""
     if config.function is None:
         raise UsageError(
             f"the transform {config.name!r} has no function: a plan knows it by its name only",
             hint="hand in the views of the pipeline: cache.check(data) before cache.loader(...)",
         )
-    result = config.function(images, u)
+    with _ONE_AT_A_TIME:
+        result = config.function(images, u)
     if not isinstance(result, Tensor):
         raise UsageError(f"the transform {config.name!r} returned a {type(result).__name__}, not a tensor")
     if result.ndim != 4 or len(result) != len(images) or result.dtype != images.dtype:
