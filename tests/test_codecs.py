@@ -456,6 +456,65 @@ def test_whatever_a_codec_writes_it_decodes(codec: HeadCodec, scale: float, clas
         with_figures(targets, encode_figures(what))
 
 
+KEPT: list[HeadCodec] = [TopK(k=4), TopK(k=4, values=16), TopK(k=10), VarOpt(k=4), Members(inner=TopK(k=4))]
+
+
+@pytest.mark.parametrize("codec", KEPT)
+@pytest.mark.parametrize("left", [0.3, 0.0, None])
+def test_a_row_without_its_mass_is_refused(codec: HeadCodec, left: float | None) -> None:
+    """All of the kept is gone and a rest stays, or none; or the rest is another one."""
+    codec, arrays = encoded_rows(codec)
+    for name, array in arrays.items():
+        kind = name.rpartition("/")[2]
+        if kind == "residual":
+            array[3] = ((array[3].exp() + 0.5) % 1 if left is None else torch.tensor(left)).log()
+        elif kind in ("codes", "logprobs") and left is not None:
+            array[3] = 0 if kind == "codes" else -math.inf
+    with pytest.raises(BadRow, match=r"row 3 of a batch: (kept classes and a rest that|a rest, and no class)"):
+        decode(codec, arrays, MIXED)
+
+
+def test_a_rest_that_no_class_has_is_refused() -> None:
+    """Else a trifle of the mass is of a class that no student has, and the loss is infinite."""
+    for codec in (TopK(k=10), VarOpt(k=4)):
+        whole, arrays = encoded_rows(codec)
+        arrays["residual"][2] = math.log(0.01)
+        if isinstance(whole, VarOpt):
+            arrays["codes"][2] = 255
+            arrays["range"][2] = math.log(0.99 / 4)
+        with pytest.raises(BadRow, match="row 2 of a batch: a rest, and no class that has it"):
+            decode(whole, arrays)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([2, 3, 10, 40]), st.sampled_from([1, 2, 7, 40]), st.sampled_from([-1e5, 0.0, 80.0]), st.data()
+)  # fmt: skip
+def test_rows_that_a_codec_writes_have_their_mass(classes: int, k: int, offset: float, data: st.DataObject) -> None:
+    """Also those that rounding moves the furthest: logits half of a step of eight bits apart."""
+    step = 20 / 254
+    logit = st.floats(-60, 0) | st.integers(-508, 0).map(lambda n: n * step / 2) | st.sampled_from([-20.0, -1e4])
+    rows = data.draw(st.lists(st.lists(logit, min_size=classes, max_size=classes), min_size=2, max_size=2))
+    members = [torch.log_softmax(torch.tensor([row], dtype=torch.float64) + offset, 1).float() for row in rows]
+    what = said(combine(members, [1.0, 1.0], "mean_probs"), members)
+    for codec in (TopK(k=min(k, classes)), TopK(k=min(k, classes), values=16), VarOpt(k=min(k, classes))):
+        round_trip(codec, what)
+        if isinstance(codec, TopK):
+            round_trip(Members(inner=codec), what, MIXED)
+
+
+@pytest.mark.parametrize("values", [8, 16])
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_many_classes_that_are_rounded_alike_have_their_mass(values: int, shift: float) -> None:
+    """All but one lie half of a step from the largest, or where float16 is coarsest: as far off as a row can be."""
+    for count in (2, 100, 60_000):
+        logits = torch.full((1, count + 2), shift * 20 / 254 * 0.99, dtype=torch.float64)
+        logits[0, :2] = torch.tensor([0.0, -20.0])
+        rows = torch.log_softmax(logits, 1).float()
+        round_trip(TopK(k=count + 2, values=values), said(rows))
+        round_trip(VarOpt(k=count + 2), said(rows))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

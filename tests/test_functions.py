@@ -15,14 +15,14 @@ import ensemble_distill as ed
 from ensemble_distill.training.functions import digests
 
 MADE = """
-THRESHOLD, OTHER = {threshold}, {threshold}
+THRESHOLD, OTHER, WORDS = {threshold}, {threshold}, {{"a", "b", "c", "d"}}
 
 def helper(x, most={most}):
     '''{doc}'''
     return x.clamp(max=most)  # {doc}
 
 def make(share):
-    return lambda rows: share * helper(rows.entropy) {sign} (rows.top1() if rows in {{"a", "b", "c"}} else THRESHOLD)
+    return lambda rows: share * helper(rows.entropy) {sign} (max(WORDS) if rows in {{"a", "b", "c"}} else THRESHOLD)
 
 weight = make({share})
 """
@@ -49,13 +49,51 @@ def test_what_changes_what_a_function_does_changes_its_digest(change: dict[str, 
     assert digest(functools.partial(made(), 1)) not in (digest(functools.partial(made(), 2)), digest(made()))
 
 
+READS = """
+import functools, numpy as np, torch
+
+G = {value}
+G.append(G) if isinstance(G, list) else None
+
+def reads(rows):
+    return [G for _ in rows]
+
+def keeps(kept):
+    return lambda rows: kept
+
+def names(rows):
+    return rows.G
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ("(1.0, 2.0)", "(2.0, 1.0)"), ("[1, (2, [3])]", "[1, (2, [4])]"), ("{0: 1.0, 1: 2.0}", "{0: 1.0, 1: 3.0}"),
+        ("{'a', 'b'}", "{'a', 'c'}"), ("np.arange(3)", "np.arange(3.0)"), ("np.arange(3)", "np.arange(3) ** 2"),
+        ("np.float32(1)", "np.float32(2)"), ("np.array([{1: 2}, None])", "np.array([{1: 3}, None])"),
+        ("torch.ones(3, 1)", "torch.ones(1, 3)"), ("torch.ones(3)", "-torch.ones(3)"),
+        ("{'a': [torch.zeros(2), np.ones(2)]}", "{'a': [torch.zeros(2), np.zeros(2)]}"),
+        ("functools.partial(print, sep=' ')", "functools.partial(print, sep='')"),
+    ],
+)  # fmt: skip
+def test_the_tables_arrays_and_tensors_that_a_function_reads_are_part_of_it(value: str, other: str) -> None:
+    one, same, changed = ({}, {}, {})
+    for names, text in ((one, value), (same, value), (changed, other)):
+        exec(READS.format(value=text), names)
+    assert digest(one["reads"]) == digest(same["reads"]) != digest(changed["reads"])
+    kept = [digest(names["keeps"](names["G"])) for names in (one, same, changed)]
+    assert kept[0] == kept[1] != kept[2]
+    assert digest(one["names"]) == digest(changed["names"]), "an attribute is no global of that name"
+
+
 def test_what_does_not_leaves_it() -> None:
     assert digest(made(doc="two")) == digest(made())
     assert not digests(ed.TrainConfig(student=dict, objective={"soft": ed.SoftTargets()}), without="student")
-    ask = f"names = {{}}; exec({MADE.format(**SAME)!r}, names); print(_said(names['weight'], set()))"
+    ask = f"names = {{}}; exec({MADE.format(**SAME)!r}, names); print(_Said().of(names['weight']))"
     said = [
         subprocess.run(
-            [sys.executable, "-c", f"from ensemble_distill.training.functions import _said; {ask}"],
+            [sys.executable, "-c", f"from ensemble_distill.training.functions import _Said; {ask}"],
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
             capture_output=True, text=True, check=True,
         ).stdout

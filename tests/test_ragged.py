@@ -496,6 +496,7 @@ def test_samples_and_ragged_taps_are_appended(ragged: Cli) -> None:
 
 def test_a_student_learns_from_real_tokens(ragged: Cli) -> None:
     ragged("train", "ragged.py", "--cache", "hdf5", "--out", "run")
+    assert json.loads((ragged.folder / "run" / "config.json").read_text())["inputs"] == ["ids", "mask"]
     metrics = [json.loads(line) for line in (ragged.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [entry for entry in metrics if "hidden" in str(entry)]
     assert losses and "nan" not in str(losses).lower()

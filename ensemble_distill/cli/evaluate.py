@@ -14,7 +14,10 @@ from ensemble_distill.cli.options import Common, Reading, common, reading
 @click.argument("pipeline", metavar="PIPELINE[:VARIANT]")
 @click.option("--run", "run_path", required=True, metavar="RUN", help="Directory of a finished run.")
 @click.option(
-    "--cache", "cache_path", metavar="DIR", help="Cache to compare with.  [default: the run's own, if it is there]"
+    "--cache",
+    "cache_path",
+    metavar="DIR",
+    help="Cache to compare with.  [default: the run's own directory, if it is there]",
 )
 @reading
 @click.option("--split", default="test", show_default=True, help="Split to score on.")
@@ -44,10 +47,11 @@ def command(
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
     from ensemble_distill.evaluation.evaluate import (
-        check_classes,
+        check_data,
         check_same_cache,
         evaluate,
         load_student,
+        of_bucket,
         run_cache,
         run_ensemble,
         run_manifest,
@@ -60,10 +64,10 @@ def command(
     on = devices(common.device)[0]
     model = load_student(loaded.train(), run_path, on)
     data = loaded.data()
-    check_classes(run_path, data)
     splits = sources(data, common.limit)
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
+    check_data(run_path, data, splits[split])
     path = cache_path or run_cache(run_path)
     if path is None and reading.expect_digest is not None:
         raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
@@ -92,6 +96,7 @@ def command(
     figures = {k: v for k, v in result.items() if k in ("accuracy", "nll", "ece", "agreement", "kl")}
     console.say(f"{split}: {result['rows']:,} rows  {scores(figures)}")
     if cache is None:
-        console.say("no cache: agreement and KL to the ensemble are left out (give --cache)")
+        where = ": the run's is in a bucket, which is opened where you name it" if of_bucket(run_path) else ""
+        console.say(f"no cache: agreement and KL to the ensemble are left out (give --cache{where})")
     one, many = result["latency_ms"]["1"], result["latency_ms"]["64"]
     console.say(f"{result['parameters']:,} parameters; {one} ms at batch 1, {many} ms at batch 64 (fp32, {on})")

@@ -13,6 +13,10 @@ from torch import Tensor
 from ensemble_distill.errors import Corrupt
 
 ROUNDING = 0.01
+# Of the mass of a row. float16 moves a log-probability by 2⁻¹¹ of its size at most, and so the sum by 2⁻¹¹ of an
+# entropy, which is below log 2²⁵: .0085. Eight bits move each by half of 1/254 of 20 nats besides, .0394, and raise
+# what lies below the range to e⁻²⁰ of the largest: .0002 of 2¹⁶ classes.
+MASS = {16: 0.01, 8: 0.05}
 # Entropies and normalisers are sums over all classes.
 SUMMED = 0.1
 LARGEST = 65504.0  # of float16
@@ -45,6 +49,16 @@ def check_dense(logprobs_BC: Tensor) -> None:
 def check_range(ends_B2: Tensor) -> None:
     low, high = ends_B2[:, 0], ends_B2[:, 1]
     require((low > -math.inf) & (low <= high) & (high < math.inf), "a range of log-probabilities that is none")
+
+
+def check_mass(mass_B: Tensor, bits: int) -> None:
+    """What the kept classes and the rest have together, as they were stored; what is decoded is made to be one."""
+    require((mass_B - 1).abs() <= MASS[bits], "kept classes and a rest that do not sum to one")
+
+
+def check_rest(residual_B: Tensor, possible_B: Tensor) -> None:
+    """Where there is no other class, nothing is left over: the student could not have it."""
+    require((residual_B == 0) | possible_B, "a rest, and no class that has it")
 
 
 def check_ids(ids_BK: Tensor, classes: int, distinct: bool) -> None:

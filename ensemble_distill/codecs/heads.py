@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.codec import Dense, HeadCodec, Members, Sampled, TopK, VarOpt
-from ensemble_distill.codecs.domain import check_dense, check_figures, check_ids, check_log_z, check_logs
+from ensemble_distill.codecs.domain import check_dense, check_figures, check_ids, check_log_z, check_logs, check_rest
 from ensemble_distill.codecs.packing import from_codes, normalised, pack_ids, to_codes, unpack_ids
 from ensemble_distill.metrics import entropy
 from ensemble_distill.mixture import Mixture, combine
@@ -156,7 +156,8 @@ def _decode_kept(codec: TopK, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     residual = _residual(arrays)
     values = arrays["logprobs"].float() if codec.values == 16 else from_codes(arrays["codes"], arrays["range"])
     check_logs(values, "kept values")
-    return normalised(values, residual), residual
+    check_rest(residual, torch.full_like(residual, codec.k < codec.classes, dtype=torch.bool))
+    return normalised(values, residual, codec.values), residual
 
 
 def _residual(arrays: Mapping[str, Tensor]) -> Tensor:
@@ -209,7 +210,8 @@ def _encode_varopt(codec: VarOpt, said: Said) -> dict[str, Tensor]:
 def _decode_varopt(codec: VarOpt, arrays: Mapping[str, Tensor]) -> Targets:
     mass = _residual(arrays)
     drawn = arrays["codes"] == 0
-    heads = normalised(from_codes(arrays["codes"], arrays["range"]), mass)
+    check_rest(mass, drawn.any(dim=1))
+    heads = normalised(from_codes(arrays["codes"], arrays["range"]), mass, 8)
     each = (mass / drawn.sum(dim=1).clamp(min=1)).log()[:, None]
     logs = torch.where(drawn, each, heads)
     return Targets(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemble_distill.codec import id_bits
-from ensemble_distill.codecs.domain import check_range
+from ensemble_distill.codecs.domain import check_mass, check_range
 
 # Below this distance from a row's highest log-probability all codes are the lowest: e^-20 is 2e-9.
 RANGE = 20.0
@@ -58,8 +58,12 @@ def from_codes(codes_BK: Tensor, ends_B2: Tensor) -> Tensor:
     return values.masked_fill(codes_BK == 0, -math.inf)
 
 
-def normalised(logprobs_BK: Tensor, residual_B: Tensor) -> Tensor:
-    """Kept log-probabilities whose exp sums to one minus the residual (a probability)."""
+def normalised(logprobs_BK: Tensor, residual_B: Tensor, bits: int) -> Tensor:
+    """Kept log-probabilities whose exp sums to one minus the residual (a probability).
+
+    BadRow where they did not nearly do so before, as values of so many bits.
+    """
     total = torch.logsumexp(logprobs_BK, dim=1, keepdim=True)
+    check_mass(total[:, 0].exp() + residual_B, bits)
     left = torch.log1p(-residual_B.clamp(0, 1))[:, None]
     return torch.where(logprobs_BK > -math.inf, logprobs_BK - total + left, -math.inf)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ensemble_distill.fingerprint import array_digest, sha256
+from ensemble_distill.weights import contents
 
 PLAIN = (bool, int, float, str)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -50,11 +51,7 @@ def _hash(h: hashlib._Hash, name: str, value: Any) -> None:
         h.update(f"{name}:{_Said(()).of(value)}\n".encode())
         return
     h.update(f"{name}:{value.dtype}:{tuple(value.shape)}\n".encode())
-    if value.is_meta:
-        return
-    value = value.detach().cpu()
-    value = value.dequantize() if value.is_quantized else value.to_dense() if value.layout != torch.strided else value
-    h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    h.update(contents(value))
 
 
 def structure_digest(module: nn.Module) -> str:

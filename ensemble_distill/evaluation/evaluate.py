@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ensemble_distill.cache.cache import Cache
@@ -24,16 +23,14 @@ from ensemble_distill.cache.samples import read
 from ensemble_distill.config import DataConfig, EnsembleConfig, TrainConfig
 from ensemble_distill.device import own, place, upload
 from ensemble_distill.errors import Corrupt, Error, InvalidOutput, Mismatch, UsageError
-from ensemble_distill.explain import difference
 from ensemble_distill.fingerprint import sha256
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import is_url, open_store
 from ensemble_distill.targets import Targets
-from ensemble_distill.weights import printed_digest
-
-HEADER = 1 << 20  # bytes that a file of weights may hold beside them
+from ensemble_distill.trained import check_trained
+from ensemble_distill.weights import UNREADABLE, fit, most_bytes, printed_digest
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,14 @@ def load_student(config: TrainConfig, run: str | Path, device: torch.device) -> 
     path, student = Path(run) / "student.safetensors", config.student()
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="finish the run: `ensemble-distill train` goes on with it")
-    most = HEADER + 2 * sum(t.numel() * t.element_size() for t in student.state_dict().values())
-    data, expected = LocalStorage(run).read(path.name, most), _student_digest(Path(run))
+    data, expected = LocalStorage(run).read(path.name, most_bytes(student)), _student_digest(Path(run))
     if expected not in (None, sha256(data)):
         raise Corrupt(f"{path} is damaged: not the weights that the run exported")
     try:
-        student.load_state_dict(safetensors.torch.load(data))
-    except (RuntimeError, SafetensorError) as error:
-        detail = str(error).replace("\n\t", " ").strip()
+        fit(student, safetensors.torch.load(data))
+    except UNREADABLE as error:
         raise Mismatch(
-            f"{path} does not fit the pipeline's student: {detail[:200]}",
+            f"{path} does not fit the pipeline's student: {str(error)[:200]}",
             hint="name the variant that it was trained with: PIPELINE:VARIANT",
         ) from error
     if os.path.lexists(Path(run) / "config.json") and printed_digest(student) != _config(run)["student"]:
@@ -125,9 +120,15 @@ def _plain(source: Source, batch_size: int) -> Iterator[_Plain]:
 
 
 def run_cache(run: str | Path) -> str | None:
-    """The cache that a run was trained from, if it is a bucket or its directory is still there."""
+    """The cache that a run was trained from, if its directory is still there."""
     place = str(_config(run)["cache"])
-    return place if is_url(place) or os.path.isdir(place) else None  # noqa: PTH112 (false for a name too long)
+    # A run may be somebody else's: no bucket is asked for anything because its files say so.
+    return place if not is_url(place) and os.path.isdir(place) else None  # noqa: PTH112 (false for a name too long)
+
+
+def of_bucket(run: str | Path) -> bool:
+    """Whether a run says that its cache is in a bucket."""
+    return is_url(str(_config(run)["cache"]))
 
 
 def check_same_cache(run: str | Path, cache: Cache) -> None:
@@ -140,16 +141,9 @@ def check_same_cache(run: str | Path, cache: Cache) -> None:
         )
 
 
-def check_classes(run: str | Path, data: DataConfig) -> None:
-    """Refuse classes that are not those that the student was trained for, in their order (Mismatch)."""
-    held = _config(run)["data"]
-    expected = held.get("classes") if isinstance(held, dict) else None
-    if (hit := difference(expected, list(data.classes), "classes")) is not None:
-        field, old, new = hit
-        raise Mismatch(
-            f"{run} was trained with {field} = {old!r}, this pipeline says {new!r}",
-            hint=f"restore {field}: the outputs of the student stand for the classes as they were",
-        )
+def check_data(run: str | Path, data: DataConfig, source: Source) -> None:
+    """Refuse classes and inputs that are not those that the student was trained with, in their order (Mismatch)."""
+    check_trained(run, _config(run), data, source)
 
 
 def run_manifest(run: str | Path, place: str) -> str | None:
@@ -172,7 +166,8 @@ def run_ensemble(run: str | Path) -> EnsembleConfig:
 def _config(run: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(LocalStorage(run).read("config.json"))
-        return {name: value[name] for name in ("cache", "cache_content", "data", "manifest", "student", "train")}
+        needed = {name: value[name] for name in ("cache", "cache_content", "data", "manifest", "student", "train")}
+        return {**value, **needed}
     except (Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{run} is no run: it has no config.json that can be read") from error
 

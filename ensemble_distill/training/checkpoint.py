@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import Field
-from safetensors import SafetensorError
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from ensemble_distill.errors import Corrupt
 from ensemble_distill.fingerprint import sha256
-from ensemble_distill.frozen import Config
+from ensemble_distill.frozen import Config, without_empty
 from ensemble_distill.store import records
 from ensemble_distill.store.local import LocalStorage
+from ensemble_distill.weights import UNREADABLE
 
 NAME = "checkpoint.json"
 
@@ -24,18 +24,35 @@ class State(Config):
     """Where a run stands: ``step`` optimiser steps done, ``batch`` of them in ``epoch``; and its history.
 
     ``best_sha256`` and ``config`` are the SHA-256 of best.safetensors (empty before there is one) and config.json.
+    ``order``: a digest of the order of the samples, where it is in the middle of an epoch.
     """
 
     schema_version: Literal[1] = 1
-    step: int
-    epoch: int
-    batch: int
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
     sums: dict[str, float]
     best: dict[str, int | float]
     best_sha256: str
     history: tuple[dict[str, Any], ...]
     finished: bool
     config: str
+    order: str = ""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "order")
+
+    def of(self, epochs: int, batches: int, sums: Iterable[str]) -> bool:
+        """Whether a training of so many epochs, of so many batches each, comes to it."""
+        return (
+            self.step == self.epoch * batches + self.batch
+            and self.batch <= batches
+            and self.step <= epochs * batches
+            and self.finished <= (self.epoch == epochs)
+            and len(self.history) == self.epoch + self.finished
+            and set(self.sums) == set(sums)
+        )
 
 
 class Checkpoint(Config):
@@ -76,7 +93,7 @@ def load(storage: LocalStorage) -> tuple[State, dict[str, Tensor]] | None:
         )
     try:
         return checkpoint.state, safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+    except UNREADABLE as error:
         raise Corrupt(f"{storage.path / checkpoint.tensors}: no safetensors file ({error})") from error
 
 
@@ -91,11 +108,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser its state back; ValueError for one of other parameters."""
     held: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, i, field = name.split("/")
             held.setdefault(int(i), {})[field] = value
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for number, values in held.items():
+        for name, value in values.items():
+            if number not in parameters or value.shape not in (parameters[number].shape, torch.Size([])):
+                raise ValueError(f"optimizer/{number}/{name} is the state of no parameter")
     optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
         for field, value in state.items():

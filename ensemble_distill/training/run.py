@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -30,23 +31,26 @@ from ensemble_distill.config import DataConfig, TrainConfig, describe
 from ensemble_distill.device import Resolved, choose_precision, memory_errors, place
 from ensemble_distill.errors import Corrupt, Interrupted, InvalidOutput, Mismatch, UsageError
 from ensemble_distill.explain import difference
-from ensemble_distill.fingerprint import sha256
+from ensemble_distill.fingerprint import array_digest, sha256
 from ensemble_distill.prefetch import timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.scoring import score
 from ensemble_distill.sources.arrays import Source
+from ensemble_distill.sources.loading import load
 from ensemble_distill.store.local import LocalStorage
 from ensemble_distill.store.store import location
+from ensemble_distill.trained import inputs_of
 from ensemble_distill.training import checkpoint
 from ensemble_distill.training.checkpoint import State
 from ensemble_distill.training.functions import digests
 from ensemble_distill.training.objective import Objective
 from ensemble_distill.training.optim import Ema, learning_rate, make_optimizer
-from ensemble_distill.training.start import LAST, check_student, start_file
-from ensemble_distill.weights import load_weights, printed_digest
+from ensemble_distill.training.start import LAST, begin
+from ensemble_distill.weights import printed_digest
 
 EVALUATION_BATCH = 512
 WEIGHTS = 1 << 40
+SPREAD = 64  # samples whose keys tell the order of all
 log = logging.getLogger(__name__)
 
 
@@ -165,6 +169,7 @@ class Run:
         self._save()
         report(Progress(self.state["step"], self.steps, epoch + 1, self.config.epochs, self.history[-1]))
 
+    @torch.enable_grad()  # a pipeline may have said otherwise for the whole process
     def _step(self, batch: Batch) -> Tensor:
         """One optimiser step; the loss and its terms, float64 [1 + terms], left on the device."""
         for group in self.optimizer.param_groups:
@@ -272,8 +277,7 @@ class Run:
         if not isinstance(student, nn.Module):
             raise UsageError(f"the student function gave a {type(student).__name__}, expected an nn.Module")
         if self.config.start is not None:
-            load_weights("start", student, start_file(self.config.start), "student()")
-            check_student(self.config.start, student)
+            self.begun_with = begin(self.config.start, student, self.data, self.sources["train"])
         self.student = place(student, self.device)
 
     def _build(self) -> None:
@@ -296,7 +300,7 @@ class Run:
         held: Resolved | None = self.described.get("precision")
         if held is None:
             probe = copy.deepcopy(self.student)
-            with torch.random.fork_rng(), memory_errors(self.config.batch_size):
+            with torch.enable_grad(), torch.random.fork_rng(), memory_errors(self.config.batch_size):
                 held = choose_precision(
                     self.config.precision,
                     self.device,
@@ -318,7 +322,7 @@ class Run:
         if functions := digests(self.config, without="student"):
             wanted["functions"] = functions
         if self.config.start is not None:
-            wanted["start"] = sha256(start_file(self.config.start).read_bytes())
+            wanted["start"] = self.begun_with
         root = self.storage.path
         if root.exists() and not root.is_dir():
             raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
@@ -334,6 +338,8 @@ class Run:
                 "partial": self.cache.partial,
                 "provenance": provenance(),
             }
+            if inputs := inputs_of(self.sources["train"]):
+                self.described["inputs"] = inputs
             return
         self.described = self._read_config()
         if _of_another_python(self.described, wanted):
@@ -364,15 +370,35 @@ class Run:
         state, tensors = saved
         if state.config != sha256(self.storage.read("config.json")):
             raise Corrupt(f"{self.storage.path / 'config.json'} is damaged: not the configuration of this run")
+        if not state.of(self.config.epochs, self.steps // self.config.epochs, self.state["sums"]):
+            raise Corrupt(
+                f"{self.storage.path / checkpoint.NAME}: no state that a run of {self.steps} steps comes to",
+                hint="train into another --out, or restore the file",
+            )
+        if state.order and state.order != self._order():
+            raise Mismatch(
+                f"{self.storage.path} stopped in the middle of epoch {state.epoch + 1}, and since then the samples of "
+                "'train' stand in another order: some would be seen twice and others never",
+                hint="restore their order in the source, or train into another --out",
+            )
         self.state = {k: getattr(state, k) for k in ("step", "epoch", "batch", "finished")}
         # JSON has sorted the names; the sums are a vector in the order of the objective's terms.
         self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}
         self.best, self.history = dict(state.best), [dict(line) for line in state.history]
         self.best_sha256 = state.best_sha256
         self._write_metrics()  # a kill may have come between a checkpoint and its line
+        try:
+            self._restore_tensors(tensors)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            detail = str(error).replace("\n\t", " ")[:200]
+            raise Corrupt(
+                f"{self.storage.path / checkpoint.NAME}: its tensors are not those of this run ({detail})",
+                hint="train into another --out, or restore the files",
+            ) from error
+
+    def _restore_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for prefix, module in self._modules().items():
-            part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            module.load_state_dict(part)
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         checkpoint.restore_optimizer(self.optimizer, tensors)
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors:
@@ -393,6 +419,7 @@ class Run:
             best_sha256=self.best_sha256,
             history=tuple(self.history),
             config=self._own_config(),
+            order=self._order() if self.state["batch"] else "",
         )
         checkpoint.save(self.storage, state, tensors)
         self._write_metrics()
@@ -407,6 +434,12 @@ class Run:
                 hint="give each run an --out of its own",
             )
         return sha256(data)
+
+    def _order(self) -> str:
+        """A digest of the keys of some samples, spread over the split that is trained on."""
+        positions = self.cache.positions(self.sources["train"], "train")
+        spread = positions[np.linspace(0, len(positions) - 1, min(SPREAD, len(positions))).astype(np.int64)]
+        return array_digest(load(self.sources["train"], spread)[1])
 
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)

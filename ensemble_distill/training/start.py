@@ -7,35 +7,43 @@ from pathlib import Path
 
 from torch import nn
 
+from ensemble_distill.config import DataConfig
 from ensemble_distill.errors import Corrupt, Error, Mismatch, UsageError
 from ensemble_distill.fingerprint import sha256
+from ensemble_distill.sources.arrays import Source
 from ensemble_distill.store.local import LocalStorage
-from ensemble_distill.weights import printed_digest
+from ensemble_distill.trained import check_trained
+from ensemble_distill.weights import load_weights, most_bytes, printed_digest
 
 LAST = "last.safetensors"
 
 
-def start_file(start: Path) -> Path:
-    """A file of weights as it is; of a finished run those after its last step, whichever did best.
+def begin(start: Path, student: nn.Module, data: DataConfig, source: Source) -> str:
+    """Give a student the weights of a file, or of a finished run those after its last step; their SHA-256.
 
-    UsageError where a directory is no finished run; Corrupt where its weights are not those that the run wrote.
+    UsageError where a directory is no finished run; Corrupt where its weights are not those that the run wrote;
+    Mismatch where that run was of another student, classes or inputs, and its weights fit nevertheless.
     """
-    if not start.is_dir():
-        return start
+    file = _of_run(start, student) if start.is_dir() else start
+    load_weights("start", student, file, "student()")
+    if start.is_dir():
+        _check_run(start, student, data, source)
+    return sha256(file.read_bytes())
+
+
+def _of_run(start: Path, student: nn.Module) -> Path:
     file = start / LAST
     if not file.is_file():
         raise UsageError(f"start: {start} holds no {LAST}", hint="train that run to its end first")
-    if sha256(file.read_bytes()) != _written(start):
+    if sha256(LocalStorage(start).read(LAST, most_bytes(student))) != _written(start):
         raise Corrupt(f"start: {file} is damaged: not the weights that the run wrote")
     return file
 
 
-def check_student(start: Path, student: nn.Module) -> None:
-    """Mismatch where the run that a student begins with was of another one, whose weights fit it nevertheless."""
-    if not start.is_dir():
-        return
+def _check_run(start: Path, student: nn.Module, data: DataConfig, source: Source) -> None:
     try:
-        held = json.loads(LocalStorage(start).read("config.json"))["student"]
+        config = json.loads(LocalStorage(start).read("config.json"))
+        held, _ = config["student"], config["data"]
     except (Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Corrupt(f"start: {start / 'config.json'} does not say which student the run trained") from error
     if held != printed_digest(student):
@@ -43,6 +51,7 @@ def check_student(start: Path, student: nn.Module) -> None:
             f"start: {start} trained another student, whose weights fit this one: its modules print otherwise",
             hint=f"if that is meant, name the file: start={start / LAST}",
         )
+    check_trained(f"start: {start}", config, data, source)
 
 
 def _written(run: Path) -> str:
