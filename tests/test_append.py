@@ -901,7 +901,7 @@ def test_nobody_seals_a_plan_that_has_grown_meanwhile(cli: Cli) -> None:
 def test_views_that_mix_are_not_appended_to_a_cache_without_partners(cli: Cli) -> None:
     cli.change("transforms=(ed.Crop(padding=1),)", "mix=ed.Mixup(alpha=0.4)")
     cli("cache", "digits.py", "--out", "m", "--views", "1")
-    assert "cannot be appended" in cli("append", "digits.py", "--cache", "m", "--views", "2", code=2).stderr
+    assert "no such view can be appended" in cli("append", "digits.py", "--cache", "m", "--views", "2", code=2).stderr
 
 
 def test_units_that_are_being_appended_are_verified_and_mended(cli: Cli) -> None:

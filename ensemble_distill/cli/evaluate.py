@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ensemble_distill.cli.options import Common, Reading, common, reading
+
+if TYPE_CHECKING:
+    from ensemble_distill.cache.cache import Cache
+    from ensemble_distill.cli.console import Console
 
 
 @click.command(name="evaluate")
@@ -40,26 +45,15 @@ def command(
     Example:
       ensemble-distill evaluate pipelines/fashion_mnist.py --run runs/a
     """
-    from ensemble_distill.cli import console as ui
+    from ensemble_distill.cli.console import Console
     from ensemble_distill.cli.pipeline import Pipeline, sources
-    from ensemble_distill.cli.reading import opened
-    from ensemble_distill.cli.show import scores
     from ensemble_distill.device import devices
     from ensemble_distill.errors import UsageError
-    from ensemble_distill.evaluation.evaluate import (
-        check_data,
-        check_same_cache,
-        evaluate,
-        load_student,
-        of_bucket,
-        run_cache,
-        run_ensemble,
-        run_manifest,
-    )
+    from ensemble_distill.evaluation.evaluate import check_data, evaluate, load_student
     from ensemble_distill.explain import suggestion
     from ensemble_distill.sources.arrays import check_label_range
 
-    console = ui.Console(common.quiet or as_json)
+    console = Console(common.quiet or as_json)
     loaded = Pipeline(pipeline)
     on = devices(common.device)[0]
     model = load_student(loaded.train(), run_path, on)
@@ -68,21 +62,10 @@ def command(
     if split not in splits:
         raise UsageError(f"there is no split {split!r}{suggestion(split, splits)}")
     check_data(run_path, data, splits[split])
-    path = cache_path or run_cache(run_path)
-    if path is None and reading.expect_digest is not None:
-        raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
-    if path is not None and cache_path is None and reading.manifest is None:
-        held = run_manifest(run_path, path)
-        if held is not None:
-            console.say(f"{path} has grown: opened as {run_path} was trained from it, manifest {held}")
-            reading = replace(reading, manifest=held)
-    cache = opened(path, reading) if path else None
+    cache = _taught_by(run_path, cache_path, reading, console)
     if cache is not None:
         cache.check(data)
         cache.check_labels(splits[split], split)
-        if cache_path is None:
-            check_same_cache(run_path, cache)
-        cache = cache.mixed(run_ensemble(run_path))
     else:
         check_label_range(splits[split], split, len(data.classes))
     result = evaluate(
@@ -92,11 +75,42 @@ def command(
         result |= {"manifest": cache.digest, "taught_by": cache.taught_by()}
     if as_json:
         click.echo(json.dumps(result, indent=1))
-        return
-    figures = {k: v for k, v in result.items() if k in ("accuracy", "nll", "ece", "agreement", "kl")}
-    console.say(f"{split}: {result['rows']:,} rows  {scores(figures)}")
-    if cache is None:
+    else:
+        _show(result, split, str(on), console)
+
+
+def _taught_by(run_path: str, cache_path: str | None, reading: Reading, console: Console) -> Cache | None:
+    """The cache that is named, or the run's own as it was trained from it; its members combined as they taught."""
+    from ensemble_distill.cli.reading import opened
+    from ensemble_distill.errors import UsageError
+    from ensemble_distill.evaluation.evaluate import (
+        check_same_cache,
+        of_bucket,
+        run_cache,
+        run_ensemble,
+        run_manifest,
+    )
+
+    path = cache_path or run_cache(run_path)
+    if path is None:
+        if reading.expect_digest is not None:
+            raise UsageError("--expect-digest: there is no cache to compare with", hint="give it with --cache")
         where = ": the run's is in a bucket, which is opened where you name it" if of_bucket(run_path) else ""
         console.say(f"no cache: agreement and KL to the ensemble are left out (give --cache{where})")
+        return None
+    if cache_path is None and reading.manifest is None and (held := run_manifest(run_path, path)) is not None:
+        console.say(f"{path} has grown: opened as {run_path} was trained from it, manifest {held}")
+        reading = replace(reading, manifest=held)
+    cache = opened(path, reading)
+    if cache_path is None:
+        check_same_cache(run_path, cache)
+    return cache.mixed(run_ensemble(run_path))
+
+
+def _show(result: dict[str, Any], split: str, device: str, console: Console) -> None:
+    from ensemble_distill.cli.show import scores
+
+    figures = {name: value for name, value in result.items() if name in ("accuracy", "nll", "ece", "agreement", "kl")}
+    console.say(f"{split}: {result['rows']:,} rows  {scores(figures)}")
     one, many = result["latency_ms"]["1"], result["latency_ms"]["64"]
-    console.say(f"{result['parameters']:,} parameters; {one} ms at batch 1, {many} ms at batch 64 (fp32, {on})")
+    console.say(f"{result['parameters']:,} parameters; {one} ms at batch 1, {many} ms at batch 64 (fp32, {device})")
