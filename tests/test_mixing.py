@@ -390,7 +390,7 @@ def test_a_unit_is_not_captured_again_with_other_partners(cli: Cli) -> None:
     )
     (cli.folder / "cache/objects" / commit["object"]).unlink()
     shutil.copy(cli.folder / "digits.py", cli.folder / "right.py")
-    cli.change("images, labels = arrays()", "images, labels = arrays()\n    images[600:800] = 16 - images[600:800]")
+    cli.change("images, labels = arrays()", "images, labels = arrays()\n    images[603:618] = 16 - images[603:618]")
     error = cli("repair", "cache", "digits.py", code=3).stderr
     assert "which others are mixed with" in error or "look otherwise" in error, error
     cli("repair", "cache", "right.py")

@@ -12,6 +12,7 @@ import numpy as np
 from ensemble_distill.cache.groups import Group
 from ensemble_distill.cache.plan import Plan, WorkItem
 from ensemble_distill.errors import Corrupt, Unsafe
+from ensemble_distill.fingerprint import KEY_BYTES
 from ensemble_distill.prefetch import prefetch
 from ensemble_distill.store.records import PAGE_UNITS, Commit, Manifest
 from ensemble_distill.store.store import MEND, Store
@@ -117,7 +118,7 @@ def check_sealed(store: Store, current: str, complete: bool = False) -> None:
     """Corrupt for a committed unit of another content than was sealed: it must not come into a new manifest.
 
     And for one whose shard is gone or of another size; its bytes are not read, which would take as long as `verify`.
-    ``complete``: and where one is not committed any more.
+    ``complete``: and where one is not committed any more, or a page of its keys is gone or of another size.
     """
     manifest = store.manifest(current)
     plan = store.plan(manifest.plan, Plan)
@@ -129,6 +130,9 @@ def check_sealed(store: Store, current: str, complete: bool = False) -> None:
             if complete:
                 raise Corrupt(f"{store.root}/commits/{unit}.json is missing", hint=MEND)
             return
+        item, group = divmod(number, len(plan.groups))
+        if complete and group == 0 and plan.item(item).view == 0:  # one of the units of a page
+            check_page(store, plan.item(item))
         found, meant = store.commit(unit), sealed.at(number)
         if found != meant:
             raise Corrupt(f"{store.root}/commits/{unit}.json: not the commit that was sealed", hint=MEND)
@@ -136,6 +140,13 @@ def check_sealed(store: Store, current: str, complete: bool = False) -> None:
 
     for _ in prefetch((partial(check, number) for number in range(plan.units)), READERS):
         pass
+
+
+def check_page(store: Store, item: WorkItem) -> None:
+    """Corrupt for a page of keys that is gone or of another size; nothing is read."""
+    name = f"keys/{item.split}-{item.page:08d}"
+    if store.storage.size(name) != item.rows * KEY_BYTES:
+        raise Corrupt(f"{store.root}/{name} is lost or damaged", hint=MEND)
 
 
 def check_size(store: Store, commit: Commit) -> None:

@@ -221,13 +221,20 @@ def _keys_name(split: str, page: int) -> str:
 def _remove_keys_of_nothing(store: Store, mended: Mended) -> None:
     """Pages of keys that were written before a commit that never came: nobody knows whether they are whole.
 
-    What says which keys a lost page has to have is left.
+    What says which keys a lost page has to have is left, and pages of partners that committed units were mixed with.
     """
-    named = {_keys_name(*page_of(unit)) for unit in store.committed()}
+    committed = list(store.committed())
+    named, mixed = {_keys_name(*page_of(unit)) for unit in committed}, _mixed(held_plan(store), committed)
     for name in [name for name in store.storage.list("keys") if name not in named]:
-        if not store.says_lost(name):
+        if not store.says_lost(name) and not name.startswith(mixed):
             with mended.attempt(mended.removed, name):
                 store.storage.remove(name)
+
+
+def _mixed(plan: Plan, committed: list[str]) -> tuple[str, ...]:
+    """How the pages of keys are called of the splits of which a unit of mixed samples is committed."""
+    items = (plan.locate(unit)[0] for unit in committed if plan.mixes and plan.has(unit))
+    return tuple({f"keys/{item.split}-" for item in items if item.view > 0})
 
 
 def _mend_pointers(store: Store, mended: Mended) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -167,7 +167,7 @@ def _checks(
         yield partial(_check, "parent", None, partial(_parents, store, verdict.manifest_digest))
     if trusted is None:
         yield partial(_check, "later", None, partial(_newest, store, verdict))
-    yield from _appended(store, plan, deep, verdict)
+    yield from _appended(store, plan, keys, deep, verdict)
     # Where most commits are of another plan it is PLAN that was exchanged, and none of them may be dropped.
     verdict.damaged += [replace(one, kind="plan") for one in foreign] if len(foreign) > own else foreign
     verdict.damaged += islice(_strays(store, held_plan(store)), MOST_DAMAGE)
@@ -302,8 +302,13 @@ def _newest(store: Store, verdict: Verdict) -> int:
     raise Corrupt(f"{store.root}: {problem}, and is not whole any more; {way}")
 
 
-def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck], verdict: Verdict) -> Iterator[Check]:
-    """What is committed beyond the plan that is sealed, where an append is not finished."""
+def _appended(
+    store: Store, sealed: Plan, keys: Mapping[tuple[str, int], str], deep: Sequence[DeepCheck], verdict: Verdict
+) -> Iterator[Check]:
+    """What is committed beyond the plan that is sealed, where an append is not finished.
+
+    keys: of the pages that are sealed, the SHA-256.
+    """
     held, digest = held_plan(store), str(store.plan_digest())
     if held.parents == sealed.parents:
         return
@@ -314,7 +319,7 @@ def _appended(store: Store, sealed: Plan, deep: Sequence[DeepCheck], verdict: Ve
             held.unit_number(unit)
             if not sealed.has(unit):
                 verdict.appended += 1
-                yield partial(_check, "appended", unit, partial(_whole, store, held, digest, sums, unit, deep))
+                yield partial(_check, "appended", unit, partial(_whole, store, held, digest, keys, sums, unit, deep))
 
 
 def _grown(store: Store, digest: str) -> int:
@@ -325,12 +330,22 @@ def _grown(store: Store, digest: str) -> int:
     return 0
 
 
-def _whole(store: Store, plan: Plan, digest: str, sums: Sums, unit: str, deep: Sequence[DeepCheck]) -> int:
+def _whole(
+    store: Store,
+    plan: Plan,
+    digest: str,
+    keys: Mapping[tuple[str, int], str],
+    sums: Sums,
+    unit: str,
+    deep: Sequence[DeepCheck],
+) -> int:
     """A unit's commit, its page of keys and its shard."""
     item, group = plan.locate(unit)
     commit = store.commit(unit)
     check_plan(commit, plan, digest, store.root)
     sums.check(item, group, vars(commit))
+    if keys.get((item.split, item.page), commit.keys) != commit.keys:
+        raise Corrupt(f"{store.root}: unit {unit} belongs to other samples than the sealed units beside it")
     return _keys(store, item, commit.keys) + _object(store, commit, group, item, deep)
 
 

@@ -26,6 +26,7 @@ from ensemble_distill.errors import Interrupted, InvalidOutput, Mismatch, Storag
 from ensemble_distill.prefetch import prefetch, timed
 from ensemble_distill.provenance import provenance
 from ensemble_distill.recording.item import OpenItem, Piece
+from ensemble_distill.recording.keys import KeyPages
 from ensemble_distill.recording.planning import as_held, refuse_difference, with_held_audit
 from ensemble_distill.recording.progress import Progress
 from ensemble_distill.recording.seal import seal
@@ -53,7 +54,6 @@ class Recorder:
         self.progress = Progress(units=0, units_total=plan.units)
         self._done = np.zeros(0, bool)
         self._digest = self._own = ""
-        self._key_pages: dict[tuple[str, int], np.ndarray] = {}
 
     def run(
         self,
@@ -74,6 +74,7 @@ class Recorder:
     def _run(self, report: Callable[[Progress], None], stop: Stop, workers: int, span: range | None) -> str | None:
         self._digest = self._adopt_plan()
         self._stages = stages(self.plan)
+        self._keys = KeyPages(self.plan, self.store, self.sources, self._done)
         # Only what was committed before is read, a unit at a time.
         commits = SealedCommits(self.store, self.plan, self._digest)
         self._rows = Rows(self.store, self.plan, commits, whole(self.plan), 0)
@@ -243,43 +244,11 @@ class Recorder:
             rows = self._rows.gather(stage.group, piece.item.split, piece.item.view, index)
         return stage.arrays(rows)
 
-    def _prove_partners(self, split: str, rows: np.ndarray, keys: np.ndarray) -> None:
-        """Mismatch where what samples were mixed with (rows int64 [B], keys uint8 [B, 16]) is not what was captured.
-
-        Of pages of keys that are not there yet nothing is known: their own capture will prove them.
-        """
-        spec = self.plan.splits[split]
-        pages = spec.page_of(rows)
-        for page in np.unique(pages):
-            item = self.plan.item(self.plan.number(split, 0, int(page)))
-            held, of_page = self._key_page(item), pages == page
-            if not len(held):
-                continue
-            wrong = np.flatnonzero((held[rows[of_page] - item.first] != keys[of_page]).any(axis=1))
-            if wrong.size:
-                raise Mismatch(
-                    f"{self.store.root}: row {rows[of_page][wrong[0]]} of {split}, which others are mixed with, is not "
-                    "the sample that was captured before: the source has changed",
-                    hint="restore the source, or capture it as it is now into another directory",
-                )
-
-    def _key_page(self, item: WorkItem) -> np.ndarray:
-        """A page of keys, uint8 [rows, 16]; of no rows where it is not there. Kept, up to 64 MiB."""
-        place = (item.split, item.page)
-        if place not in self._key_pages:
-            if sum(page.nbytes for page in self._key_pages.values()) > 1 << 26:
-                self._key_pages.clear()
-            held = self.store.held_keys(item.split, item.page, item.rows)
-            if held is None:
-                return np.empty((0, 16), np.uint8)
-            self._key_pages[place] = held
-        return self._key_pages[place]
-
     def _commit(self, opened: OpenItem) -> list[Commit]:
         item = opened.item
         for rows, partner_keys in opened.partners:
-            self._prove_partners(item.split, rows, partner_keys)
-        keys = self.store.put_keys(item.split, item.page, opened.keys)
+            self._keys.prove(item.split, rows, partner_keys)
+        keys = self._keys.put(item, opened.keys)
         opened.measure()
         commits = []
         for group in opened.groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,17 @@ from ensemble_distill.cache.audit import comparable, differs, refuse_other_pixel
 from ensemble_distill.cache.commits import check_sealed
 from ensemble_distill.cache.groups import MAIN, PARTNER, ROW, TARGETS, Group
 from ensemble_distill.cache.history import newest, put_back
-from ensemble_distill.cache.plan import MAX_SHARD, Calibration, Capture, MemberIdentity, Plan, Reading, Split, unit_rows
+from ensemble_distill.cache.plan import (
+    MAX_SHARD,
+    Calibration,
+    Capture,
+    MemberIdentity,
+    Plan,
+    Reading,
+    Split,
+    WorkItem,
+    unit_rows,
+)
 from ensemble_distill.cache.renderings import AUDIT_VIEWS, Rendering, Renderings
 from ensemble_distill.cache.samples import read, renderings, viewed
 from ensemble_distill.codec import Features, PartnerKey, RowFigures, Sampled, VarOpt, resolved
@@ -24,9 +35,9 @@ from ensemble_distill.device import Resolved
 from ensemble_distill.ensemble.distributions import InvalidRow
 from ensemble_distill.ensemble.ensemble import Ensemble
 from ensemble_distill.ensemble.members import load_members
-from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, UsageError
+from ensemble_distill.errors import Corrupt, InvalidOutput, Mismatch, Unsafe, UsageError
 from ensemble_distill.explain import difference, explain, suggestion
-from ensemble_distill.fingerprint import array_digest
+from ensemble_distill.fingerprint import array_digest, sha256
 from ensemble_distill.phase import Report, silent
 from ensemble_distill.recording.calibrate import calibrate, calibrated_on
 from ensemble_distill.recording.growing import grown
@@ -43,6 +54,8 @@ from ensemble_distill.tally import MAX_STATE_BYTES, state_bytes
 PROBE_ROWS = 128
 # Of a split to which samples are appended, rows whose samples are compared with those that were captured.
 PROVED_ROWS = 4096
+# The same of a capture that is gone on with: each may call for a page of keys.
+RESUMED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,9 @@ def prepare(
             else:
                 # Nothing was captured under it: another batch size or precision may be tried in the same place.
                 store.drop_plan(str(store.plan_digest()))
+                held = None
+    for name in plan.splits if held is not None else ():
+        _prove_order(store, plan, name, sources[name], RESUMED_ROWS)
     return _fitting(plan), ensemble
 
 
@@ -152,7 +168,7 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
     result = with_held_audit(held, result) if held != base else result
     for name, split in base.splits.items():
         if result.splits[name].rows > split.rows:
-            _prove_order(store, name, split, sources[name])
+            _prove_order(store, base, name, sources[name], PROVED_ROWS)
     if held not in (base, result):
         raise Mismatch(
             f"{store.root}: something else is being appended to it, and is not complete",
@@ -162,23 +178,35 @@ def _appended(plan: Plan, held: Plan | None, sources: Mapping[str, Source], stor
     return result
 
 
-def _prove_order(store: Store, name: str, split: Split, source: Source) -> None:
-    """Mismatch unless rows of a source, evenly spread over those that were captured, are the samples that they were.
+def _prove_order(store: Store, plan: Plan, name: str, source: Source, count: int) -> None:
+    """Mismatch unless so many rows of a source, evenly spread over a split, are the samples that were captured.
 
-    So new samples that stand in front of the old ones, or a source that was sorted anew, are not taken for more.
+    So new samples that stand in front of the old ones, or a source that was sorted anew, are not taken for more. Of
+    pages of keys that are not there, or damaged, nothing is known.
     """
-    rows = np.unique(np.linspace(0, split.rows - 1, PROVED_ROWS).astype(np.int64))
+    split = plan.splits[name]
+    rows = np.unique(np.linspace(0, split.rows - 1, count).astype(np.int64))
     pages = split.page_of(rows)
     for page in np.unique(pages):
-        first, last = split.span(int(page))
-        held = store.held_keys(name, int(page), last - first)
+        item = plan.item(plan.number(name, 0, int(page)))
+        if (held := _keys_of(store, plan, item)) is None:
+            continue
         for index in np.array_split(rows[pages == page], -(-int((pages == page).sum()) // PROBE_ROWS)):
             keys = read(source, index)[2]
-            if held is not None and (wrong := np.flatnonzero((held[index - first] != keys).any(axis=1))).size:
+            if (wrong := np.flatnonzero((held[index - item.first] != keys).any(axis=1))).size:
                 raise Mismatch(
                     f"{store.root}: row {index[wrong[0]]} of {name} is not the sample that was captured as that row",
-                    hint="restore the order of the source: new samples stand behind those there are",
+                    hint="restore the source, and its order: new samples stand behind those there are",
                 )
+
+
+def _keys_of(store: Store, plan: Plan, item: WorkItem) -> np.ndarray | None:
+    """The page of keys of an item in view 0, uint8 [rows, 16]; None for one that is not there, or not as committed."""
+    held = store.held_keys(item.split, item.page, item.rows)
+    if held is not None and store.is_committed(unit := item.unit(plan.groups[0])):
+        with contextlib.suppress(Corrupt, Unsafe):
+            return held if store.commit(unit).keys == sha256(held.tobytes()) else None
+    return held
 
 
 def _with_renderings(base: Plan, plan: Plan, where: str) -> Plan:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,16 @@ class Store:
         self.storage.remove("PLAN")
         self.storage.remove(f"plans/{digest}.json")
 
-    def put_keys(self, split: str, page: int, keys: np.ndarray) -> str:
-        """Commit one page of the key table (uint8 [rows, 16]); Mismatch if another content stands there."""
+    def put_keys(
+        self, split: str, page: int, keys: np.ndarray, committed: Callable[[], str | None] = lambda: None
+    ) -> str:
+        """Commit one page of the key table (uint8 [rows, 16]); its SHA-256. Mismatch if another content stands there.
+
+        committed: says the SHA-256 that it has to have, as a commit has it, for where the page itself is lost.
+        """
         name, data = f"keys/{split}-{page:08d}", keys.tobytes()
+        if committed() not in (None, sha256(data)) and self.storage.size(name) is None:
+            raise _other_samples(f"{self.root}/{name} is lost")
         if self.storage.create(name, data):
             return sha256(data)
         if self.storage.size(name) not in (len(data), LOST):
@@ -94,11 +101,7 @@ class Store:
         held = self.storage.read(name, max(len(data), LOST))
         if (expected := _expected(held)) is not None:
             if sha256(data) != expected:
-                raise Mismatch(
-                    f"{self.root}/{name} was damaged, and the keys of these samples are not those that it held: "
-                    "the source has changed",
-                    hint="restore the source, or capture it as it is now into another directory",
-                )
+                raise _other_samples(f"{self.root}/{name} was damaged")
             self.storage.replace(name, data)
         elif held != data:
             witnesses = self._witnesses(split, page)
@@ -134,8 +137,9 @@ class Store:
         return np.frombuffer(self.storage.read(name, rows * KEY_BYTES), np.uint8).reshape(-1, KEY_BYTES)
 
     def lose_keys(self, split: str, page: int, digest: str) -> None:
-        """In place of a damaged page of the key table: the SHA-256 of what has to stand there again."""
-        self.storage.replace(f"keys/{split}-{page:08d}", f"lost {digest}\n".encode())
+        """In place of a damaged page of the key table: the SHA-256 of what has to stand there again; the first one."""
+        if not self.says_lost(name := f"keys/{split}-{page:08d}"):
+            self.storage.replace(name, f"lost {digest}\n".encode())
 
     def says_lost(self, name: str) -> bool:
         """Whether what stands at the name of a page of keys is what ``lose_keys`` left."""
@@ -313,6 +317,13 @@ class Store:
         if not text.endswith("\n") or not _HEX.fullmatch(text[:-1]):
             raise Corrupt(f"{self.root}/{name}: {text[:70]!r} is not a digest and the end of its line", hint=MEND)
         return text[:-1]
+
+
+def _other_samples(problem: str) -> Mismatch:
+    return Mismatch(
+        f"{problem}, and the keys of these samples are not those that it held: the source has changed",
+        hint="restore the source, or capture it as it is now into another directory",
+    )
 
 
 def _bounded(root: str, what: str, data: bytes, most: int) -> bytes:
