@@ -85,6 +85,31 @@ def test_labels_that_moved_without_their_images_are_told(cache: Cache, arrays: t
             cache.check_labels(source, "train")
 
 
+def test_ones_own_loop_is_told_of_labels_that_moved(cache: Cache, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = arrays
+    changed = labels.copy()
+    changed[7] = (changed[7] + 1) % 10
+    for other in (np.random.default_rng(0).permutation(labels), changed):
+        source = ArraySource({"image": images}, other)
+        for _ in range(2):  # told again, and not only of the first loader
+            with pytest.raises(Mismatch, match="labels of train"):
+                cache.loader(source, 16)
+    list(cache.loader(ArraySource({"image": images}, labels), 16))
+
+
+def test_the_keys_of_a_source_in_another_order_are_read_once_for_its_labels(
+    cache: Cache, arrays: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, look_up = [], Cache.look_up
+    monkeypatch.setattr(Cache, "look_up", lambda *args: looked.append(args[1]) or look_up(*args))
+    (images, labels), order = arrays, np.random.default_rng(0).permutation(ROWS)
+    checked, unchecked = (ArraySource({"image": images[order]}, labels[order]) for _ in range(2))
+    cache.check_labels(checked, "train")
+    for source in (checked, checked, unchecked, unchecked):
+        list(cache.loader(source, 16))
+    assert looked == [checked, unchecked]
+
+
 def test_samples_that_moved_with_their_labels_are_served(cache: Cache, arrays: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = arrays
     order = np.random.default_rng(0).permutation(ROWS)

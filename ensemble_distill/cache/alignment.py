@@ -41,7 +41,8 @@ class Alignment:
         self._sources: Mapping[str, Source] = {}
         self._labels: dict[str, np.ndarray] = {}  # by split, where they are proved to be the captured ones: by row
         self._views_checked: set[str] = set()
-        self._sources_checked: set[tuple[str, int]] = set()
+        self._sources_checked: dict[str, Source] = {}  # by split, the last one
+        self._labels_checked: dict[str, Source] = {}
 
     def pipeline(self, data: DataConfig) -> None:
         """The classes and views of a pipeline; from then on batches are rendered with these views."""
@@ -59,10 +60,12 @@ class Alignment:
 
     def source(self, source: Source, split: str, view: int) -> None:
         """Look at a source before it is read in a view; once for each source, and once for the views of a split."""
-        if (split, id(source)) not in self._sources_checked:
+        if self._sources_checked.get(split) is not source:
             check_source(source, split)
-            self._sources_checked.add((split, id(source)))
+            self._sources_checked[split] = source
         self._know_labels(source, split)
+        if self._labels_checked.get(split) is not source:
+            self._same_labels(source, split)
         if view > 0 and split not in self._views_checked:
             self.pixels(source, split)
 
@@ -83,14 +86,7 @@ class Alignment:
         """All labels of a source, by their digest; where it is another, by key."""
         check_label_range(source, split, len(self._plan.reading.classes))
         self._know_labels(source, split)
-        spec = self._plan.splits.get(split) if split in self._cache.parts else None
-        if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
-            return
-        if array_digest(source.labels) != spec.labels and self._relabelled(source, split, spec.labels):
-            raise Mismatch(
-                f"the labels of {split} are not those that {self.root} was captured with, sample by sample",
-                hint=RELABEL,
-            )
+        self._same_labels(source, split)
 
     def inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """The order of a model's inputs: members were given them in this one."""
@@ -144,6 +140,18 @@ class Alignment:
                 continue
             if some.labels is not None and array_digest(some.labels) == spec.labels:
                 self._labels[split] = np.asarray(some.labels)
+
+    def _same_labels(self, source: Source, split: str) -> None:
+        """Of a source as large as its split, whose digest says whether its labels are those that were captured."""
+        spec = self._plan.splits.get(split) if split in self._cache.parts else None
+        if spec is None or spec.labels is None or source.labels is None or len(source) != spec.rows:
+            return
+        if array_digest(source.labels) != spec.labels and self._relabelled(source, split, spec.labels):
+            raise Mismatch(
+                f"the labels of {split} are not those that {self.root} was captured with, sample by sample",
+                hint=RELABEL,
+            )
+        self._labels_checked[split] = source
 
     def _relabelled(self, source: Source, split: str, digest: str) -> bool:
         """Whether samples of a source have other labels than when they were captured, as far as their keys can tell."""
