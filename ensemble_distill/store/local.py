@@ -207,6 +207,23 @@ class LocalStorage:
             return self.read(name, at_most)
         return None
 
+    def hold(self) -> int | None:
+        """A handle that locks the root, made if need be, while it is open; None where somebody else holds it.
+
+        The lock is gone with its process. File systems that cannot lock a folder (some of a network) are not locked.
+        """
+        with _errors(self.path):
+            self._make_directory(self.path)
+            handle = self._system.open_directory(str(self.path))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except OSError:
+                pass
+            return handle
+
     @contextlib.contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
         """One at a time, of all processes of this machine; the lock of one that dies is gone with it.

@@ -23,7 +23,7 @@ NAME = "checkpoint.json"
 class State(Config):
     """Where a run stands: ``step`` optimiser steps done, ``batch`` of them in ``epoch``; and its history.
 
-    ``best_sha256`` and ``config`` are the SHA-256 of best.safetensors (empty before there is one) and config.json.
+    ``best_sha256`` and ``config`` are the SHA-256 of the best weights (empty before there are any) and config.json.
     ``order``: a digest of the order of the samples, where it is in the middle of an epoch.
     """
 
@@ -52,6 +52,7 @@ class State(Config):
             and self.finished <= (self.epoch == epochs)
             and len(self.history) == self.epoch + self.finished
             and set(self.sums) == set(sums)
+            and (not self.best or self.best.get("epoch") in range(1, self.epoch + 1))
         )
 
 

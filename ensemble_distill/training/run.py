@@ -3,6 +3,7 @@
 config.json              what was asked for, resolved; another config is refused here
 metrics.jsonl            a line an epoch, then one for the test split
 checkpoint*.*            where to go on: weights, EMA, optimiser, adapters, random state
+best-*.safetensors       the student that did best on held_out so far, by its epoch; gone when the run is finished
 best.safetensors         the student that did best on held_out
 last.safetensors         the student after the last step
 student.safetensors      the one to deploy: best where there is a held_out split, else last
@@ -11,11 +12,14 @@ adapters.safetensors     where there are any: maps to the teachers' features aft
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
+import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +54,7 @@ from ensemble_distill.weights import printed_digest
 
 EVALUATION_BATCH = 512
 WEIGHTS = 1 << 40
+BEST = "best.safetensors"
 SPREAD = 64  # samples whose keys tell the order of all
 log = logging.getLogger(__name__)
 
@@ -131,20 +136,39 @@ class Run:
         self.best_sha256 = ""
         self.history: list[dict[str, Any]] = []
         self._build_student()
-        self._open_directory()
-        self._build()
-        self._restore()
+        root = self.storage.path
+        if root.exists() and not root.is_dir():
+            raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
+        fresh = not root.exists()
+        self._hold()
+        try:
+            self._open_directory()
+            self._build()
+            self._restore()
+        except BaseException:
+            self._release()
+            if fresh:
+                with contextlib.suppress(OSError):  # of what is refused nothing is left, unless it was begun before
+                    root.rmdir()
+            raise
 
     # The loop ---------------------------------------------------------------------------------------
 
     def train(self, report: Reporter = lambda progress: None, stop: Stop = lambda: None) -> dict[str, Any]:
-        """Train to the end and return the test line. Interrupted (after saving) when ``stop`` says so."""
-        while self.state["epoch"] < self.config.epochs:
-            self._train_epoch(report, stop)
-        if not self.state["finished"]:
-            self._finish()
-            report(Progress(self.state["step"], self.steps, self.config.epochs, self.config.epochs, self.history[-1]))
-        return self.history[-1]
+        """Train to the end and return the test line. Interrupted (after saving) when ``stop`` says so.
+
+        However it ends, the directory is free for another ``Run`` then.
+        """
+        try:
+            while self.state["epoch"] < self.config.epochs:
+                self._train_epoch(report, stop)
+            if not self.state["finished"]:
+                self._finish()
+                epochs = self.config.epochs
+                report(Progress(self.state["step"], self.steps, epochs, epochs, self.history[-1]))
+            return self.history[-1]
+        finally:
+            self._release()
 
     def _train_epoch(self, report: Reporter, stop: Stop) -> None:
         epoch, clock = self.state["epoch"], Clock()
@@ -189,9 +213,8 @@ class Run:
         weights = last = _weights(self.evaluated)
         self.storage.replace(LAST, last)
         if self.best:
-            weights = self.storage.read("best.safetensors", WEIGHTS)
-            if sha256(weights) != self.best_sha256:
-                raise Corrupt(f"{self.storage.path / 'best.safetensors'} is damaged: not the weights that were saved")
+            weights = self._best_weights()
+            self.storage.replace(BEST, weights)
         self.storage.replace("student.safetensors", weights)
         if len(self.objective.adapters):
             self.storage.replace("adapters.safetensors", _weights(self.objective.adapters))
@@ -258,7 +281,24 @@ class Run:
             self.best = better | {"epoch": self.state["epoch"] + 1}
             weights = _weights(self.evaluated)
             self.best_sha256 = sha256(weights)
-            self.storage.replace("best.safetensors", weights)
+            # Beside the file that the last checkpoint names: a kill may come before there is another one.
+            self.storage.replace(self._best_name(), weights)
+
+    def _best_name(self) -> str:
+        return f"best-{int(self.best['epoch']):06d}.safetensors"
+
+    def _best_weights(self) -> bytes:
+        """The bytes of the best student so far; Corrupt where they are not those that were saved."""
+        name = self._best_name()
+        if self.storage.size(name) is None and self.storage.size(BEST) is not None:
+            name = BEST  # of a run of an earlier release, which had one file for all epochs
+        weights = self.storage.read(name, WEIGHTS)
+        if sha256(weights) != self.best_sha256:
+            raise Corrupt(
+                f"{self.storage.path / name} is damaged: not the weights that were saved",
+                hint="train into another --out, or restore the file",
+            )
+        return weights
 
     def _stop(self, sums: Tensor) -> None:
         self._losses(sums)
@@ -311,6 +351,17 @@ class Run:
             self._write_json("config.json", self.described)
         return held
 
+    def _hold(self) -> None:
+        """Keep others from training here until this run is released, or is gone; Mismatch where one does already."""
+        handle = self.storage.hold()
+        if handle is None:
+            raise Mismatch(
+                f"{self.storage.path}: another process trains here",
+                hint="wait until it has ended, or give each run an --out of its own",
+            )
+        # Closed and not unlocked: a child that was forked meanwhile shares the lock, and may not give it up.
+        self._release = weakref.finalize(self, os.close, handle)
+
     def _open_directory(self) -> None:
         wanted = {
             "data": describe(self.data),
@@ -324,12 +375,10 @@ class Run:
         if self.config.start is not None:
             wanted["start"] = self.begun_with
         root = self.storage.path
-        if root.exists() and not root.is_dir():
-            raise Mismatch(f"{root} is a file, expected the directory of a run", hint="choose a new --out")
         # Before its first checkpoint a run has nothing to lose: another configuration may have its directory.
         if self.storage.size(checkpoint.NAME) is None:
             names = {e.name for e in root.iterdir() if not e.name.startswith(".")} if root.is_dir() else set()
-            if names - {"config.json", "best.safetensors", "tensorboard"} - _checkpoints(names):
+            if names - {"config.json", BEST, "tensorboard"} - _unnamed(names):
                 raise Mismatch(f"{root} is not empty and holds no run", hint="choose a new --out")
             self.described: dict[str, Any] = wanted | {
                 "cache": location(self.cache.root),
@@ -386,6 +435,8 @@ class Run:
         self.state["sums"] = {name: state.sums[name] for name in ["loss", *self.objective.terms]}
         self.best, self.history = dict(state.best), [dict(line) for line in state.history]
         self.best_sha256 = state.best_sha256
+        if self.best and not state.finished:
+            self._best_weights()
         self._write_metrics()  # a kill may have come between a checkpoint and its line
         try:
             self._restore_tensors(tensors)
@@ -422,7 +473,15 @@ class Run:
             order=self._order() if self.state["batch"] else "",
         )
         checkpoint.save(self.storage, state, tensors)
+        self._remove_former_best()
         self._write_metrics()
+
+    def _remove_former_best(self) -> None:
+        """All but the file that the checkpoint, which has just been saved, names."""
+        named = self._best_name() if self.best and not self.state["finished"] else ""
+        for path in self.storage.path.glob("best-*.safetensors"):
+            if path.name != named:
+                self.storage.remove(path.name)
 
     def _own_config(self) -> str:
         """The SHA-256 of config.json; Mismatch where that is another run's, which began before this one had saved."""
@@ -460,8 +519,9 @@ def _of_another_python(held: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return len(versions) > 1
 
 
-def _checkpoints(names: set[str]) -> set[str]:
-    return {name for name in names if name.startswith("checkpoint-") and name.endswith(".safetensors")}
+def _unnamed(names: set[str]) -> set[str]:
+    """The files of a run that was killed before a first record named them."""
+    return {name for name in names if name.startswith(("checkpoint-", "best-")) and name.endswith(".safetensors")}
 
 
 def _weights(model: nn.Module) -> bytes:
