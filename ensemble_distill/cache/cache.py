@@ -271,7 +271,8 @@ class Cache:
         """Batches of one epoch, in an order that depends on (seed, epoch) alone, in view ``epoch mod views``.
 
         Each sample is hashed as it is read, and no batch is handed out before its keys have been found in
-        the cache. A source is looked at before it is read for the first time, also as ``check_labels`` does. ``start`` skips batches (to resume). ``views``: walk the first ones only (default: all).
+        the cache. A source is looked at before it is read for the first time, also as ``check_labels`` does. ``start``
+        skips batches (to resume). ``views``: walk the first ones only (default: all).
         ``workers`` threads read, hash and render ahead.
         """
         self.table(split)  # a missing split or a damaged key table is reported before any thread starts
